@@ -1,0 +1,80 @@
+"""Every knob of a run, with its unit: the recipe that the Keras examples of MLP models share.
+
+A model's file (`configs/mixer.py`, ...) starts from `get_config()` and changes what differs. On the
+command line any knob is `--config.KEY=VALUE`; `configs/mixer.py:smoke` picks the variant `smoke`.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+  """The shared recipe, without a model: configs/MODEL.py adds `config.model`."""
+  config = ConfigDict()
+  config.seed = (
+    0  # everything random follows from it: initial weights, order, augmentation, dropout
+  )
+  config.epochs = 50  # passes over the training split
+  config.batch_size = 128  # images a step, over all devices together
+  # Images that a device computes at a time; gradients are summed, and the weights updated once.
+  # None: a device's whole share of the batch; on a CPU core `cpu_microbatch` at most.
+  config.microbatch = config_dict.placeholder(int)
+  config.cpu_microbatch = 8  # so few that their activations stay in a core's cache
+  config.dtype = "float32"  # of activations and matrix products, or "bfloat16"; weights are float32
+
+  config.data = ConfigDict()
+  config.data.name = "cifar100"  # any TFDS image classification set; "shapes100" is built in
+  config.data.data_dir = (
+    ""  # where TFDS keeps its sets; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+  )
+  config.data.archive = ""  # CIFAR archive on disk to prepare from, instead of a download
+  config.data.fallback = ""  # set to use if `name` is neither prepared nor to be downloaded
+  config.data.train_split = "train[:90%]"  # TFDS's notation; the last tenth of "train" validates,
+  config.data.validation_split = "train[90%:]"  # as Keras' validation_split=0.1 has it
+  config.data.test_split = "test"
+
+  config.augment = ConfigDict()
+  config.augment.flip = True  # mirror half of the images left to right
+  config.augment.zoom = 0.2  # height and width, each by a factor within 1 +- zoom
+  config.augment.rotation = 0.0  # within +- this fraction of a full turn
+
+  config.optimizer = ConfigDict()  # AdamW
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.weight_decay = 1e-4  # a step, times the learning rate (Keras 3, optax)
+  config.optimizer.independent_weight_decay = False  # True: not times the learning rate (TF Addons)
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.999
+  config.optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8
+
+  config.plateau = ConfigDict()  # the learning rate falls when val_loss does not
+  config.plateau.factor = 0.5  # by which the learning rate is multiplied; 1.0: never changes
+  config.plateau.patience = 5  # epochs without improvement
+  config.plateau.min_delta = 1e-4  # absolute; less than this is no improvement
+
+  config.best_metric = "val_loss"  # which epoch's weights are kept: "val_loss" or "val_accuracy"
+  # Epochs without a new best after which training stops; 0: train all epochs.
+  config.early_stop_patience = 10
+
+  config.checkpoint_seconds = 300.0  # between two checkpoints within an epoch; one ends every epoch
+  return config
+
+
+def apply_variant(config: ConfigDict, variant: str | None, variants: dict[str, dict]) -> ConfigDict:
+  """Returns `config` with the overrides of `variants[variant]` (dotted keys); None: as it is.
+
+  Raises:
+    ValueError: the variant is not among `variants`.
+  """
+  if variant and variant not in variants:
+    raise ValueError(f"variant {variant!r} is unknown: choose one of {', '.join(variants)}")
+  config.update_from_flattened_dict(variants[variant] if variant else {})
+  return config
+
+
+# A run of seconds that goes through everything: 512 images, two epochs.
+SMOKE = {
+  "epochs": 2,
+  "batch_size": 64,
+  "data.train_split": "train[:512]",
+  "data.validation_split": "train[90%:91%]",
+  "data.test_split": "test[:500]",
+}

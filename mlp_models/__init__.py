@@ -1,0 +1,80 @@
+"""Image classifiers without attention, or with little of it, in Flax.
+
+model = mlp_models.create("mixer", num_classes=10)
+params = model.init(jax.random.key(0), images)["params"]
+logits = model.apply({"params": params}, images)
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mlp_models import keras_weights as keras_weights
+from mlp_models.fnet import FNet
+from mlp_models.gmlp import GMLP
+from mlp_models.mixer import Mixer
+from mlp_models.perceiver import Perceiver
+from mlp_models.vit import ViT
+
+_CLASSES = {"mixer": Mixer, "fnet": FNet, "gmlp": GMLP, "perceiver": Perceiver, "vit": ViT}
+MODELS = tuple(_CLASSES)
+
+
+def create(name: str, **overrides: Any) -> nn.Module:
+  """Makes a model with the sizes of its Keras example, for 100 classes.
+
+  Args:
+    name: one of MODELS.
+    **overrides: fields of the model's class, e.g. `num_classes=10`; `dtype` ("float32" or
+      "bfloat16", also as a dtype) is what it computes in.
+  Returns:
+    A Flax module. `model.apply({"params": params}, images, train=False, positions=None)` takes
+    float images [B, image_size, image_size, C], normalised, and returns float32 logits
+    [B, num_classes]. With `train=True` it needs `rngs={"dropout": key}`; `positions` (int32 [B],
+    default 0, 1, ..., B-1) is each image's place in the global batch, on which its dropout depends.
+  Raises:
+    ValueError: an unknown name or field, a value out of range, or sizes that do not fit together.
+  """
+  if name not in _CLASSES:
+    raise ValueError(f"unknown model {name!r}; {_suggest(name, MODELS)}")
+  defaults = {
+    field.name: field.default
+    for field in dataclasses.fields(_CLASSES[name])
+    if field.name not in ("parent", "name")
+  }
+  for field, value in overrides.items():
+    if field not in defaults:
+      raise ValueError(f"{name} has no field {field!r}; {_suggest(field, defaults)}")
+    overrides[field] = _checked(field, value, defaults[field])
+  return _CLASSES[name](**overrides)
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+  nearest = difflib.get_close_matches(word, known, n=1)
+  return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
+
+
+def _checked(field: str, value: Any, default: Any) -> Any:
+  """The value in the form that the module takes."""
+  if field == "dtype":
+    if str(jnp.dtype(value)) not in ("float32", "bfloat16"):
+      raise ValueError(f"dtype is {value!r}, it must be float32 or bfloat16")
+    return jnp.dtype(value)
+  if field.endswith("_rate"):
+    if not 0 <= value < 1:
+      raise ValueError(f"{field} is {value!r}, it must be at least 0 and less than 1")
+  elif isinstance(default, tuple):
+    value = tuple(value)
+    if not all(_is_size(units) for units in value):
+      raise ValueError(f"{field} is {value!r}, it must hold positive integers")
+  elif isinstance(default, int) and not _is_size(value):
+    raise ValueError(f"{field} is {value!r}, it must be a positive integer")
+  return value
+
+
+def _is_size(value: Any) -> bool:
+  return isinstance(value, int) and value > 0

@@ -1,0 +1,66 @@
+"""gMLP (arXiv:2105.08050, section 2; no tiny attention).
+
+As in the Keras example, and other than in the paper: the hidden layer is twice (not six times) as
+wide as the model, the spatial kernel starts Glorot-uniform (not near zero), and dropout follows the
+hidden layer.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from mlp_models import layers
+
+
+class GMLPBlock(nn.Module):
+  """A dense layer, the spatial gating unit (section 2.1) and a dense layer, around a residual."""
+
+  dropout_rate: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
+    _, num_tokens, width = x_BxTxD.shape
+    h_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm1")(x_BxTxD)
+    h_BxTx2D = layers.gelu(layers.Dense(2 * width, dtype=self.dtype, name="proj_in")(h_BxTxD))
+    h_BxTx2D = layers.Dropout(self.dropout_rate)(h_BxTx2D, seeds_B)
+
+    u_BxTxD, v_BxTxD = jnp.split(h_BxTx2D, 2, axis=-1)
+    v_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm2")(v_BxTxD)
+    # A bias of one, so that the gate starts open.
+    spatial = layers.Dense(
+      num_tokens, bias_init=nn.initializers.ones, dtype=self.dtype, name="spatial"
+    )
+    v_BxTxD = spatial(v_BxTxD.swapaxes(1, 2)).swapaxes(1, 2)
+
+    return x_BxTxD + layers.Dense(width, dtype=self.dtype, name="proj_out")(u_BxTxD * v_BxTxD)
+
+
+class GMLP(nn.Module):
+  """gMLP: images [B, H, W, C] -> float32 logits [B, num_classes]."""
+
+  image_size: int = 64
+  patch_size: int = 8
+  width: int = 256
+  num_blocks: int = 4
+  num_classes: int = 100
+  dropout_rate: float = 0.2
+  dtype: DTypeLike = jnp.float32
+
+  def __post_init__(self):
+    layers.check_patches(self.image_size, self.patch_size)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self, images_BxHxWxC: Array, train: bool = False, positions: Array | None = None
+  ) -> Array:
+    seeds_B = layers.example_seeds(self, len(images_BxHxWxC), positions) if train else None
+    x_BxTxP = layers.patches(images_BxHxWxC, self.image_size, self.patch_size)
+    x_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
+    for i in range(self.num_blocks):
+      x_BxTxD = GMLPBlock(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD, seeds_B)
+    x_BxD = x_BxTxD.mean(axis=1, dtype=jnp.float32)
+    x_BxD = layers.Dropout(self.dropout_rate)(x_BxD, seeds_B)
+    return layers.Dense(self.num_classes, dtype=jnp.float32, name="head")(x_BxD)

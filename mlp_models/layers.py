@@ -1,0 +1,221 @@
+"""What the five models share: patches, initial values, dropout and attention.
+
+Shapes: B batch, H W image, C channels, P patch size, T S tokens, D width, N heads, K head width.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+# Initial values and constants are those of Keras, where the reference numbers come from.
+Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
+# E[x^2] - E[x]^2 loses no digits that matter here (the golden gradients agree within 1e-5), and with
+# the two-pass variance XLA repeats the backward pass in each of its consumers on a CPU: a gradient
+# of 16 images took MLP-Mixer 157 ms instead of 100 (one busy core, lower quartile).
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=True)
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def uniform_symmetric(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
+  """Uniform in [-0.05, 0.05), the initial values of a Keras Embedding."""
+  return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
+
+
+def check_patches(image_size: int, patch_size: int) -> None:
+  """Raises ValueError unless square patches tile the square image."""
+  if image_size % patch_size:
+    raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+
+
+def check_residual(name: str, units: Sequence[int], width: int) -> None:
+  """Raises ValueError unless an MLP of these units can be added to its input."""
+  if not units or units[-1] != width:
+    raise ValueError(
+      f"{name} {tuple(units)} must end in width {width}: its output joins a residual"
+    )
+
+
+def patches(images_BxHxWxC: Array, image_size: int, patch_size: int) -> Array:
+  """Cuts images into patches, row by row; a patch is flattened as (height, width, channel).
+
+  Args:
+    images_BxHxWxC: preprocessed images, any float dtype, H = W = image_size.
+    image_size: in pixels.
+    patch_size: in pixels.
+  Returns:
+    [B, T, P*P*C] with T = (image_size / patch_size)**2, same dtype.
+  Raises:
+    ValueError: images of another rank, size or of an integer dtype.
+  """
+  shape = images_BxHxWxC.shape
+  if len(shape) != 4 or shape[1:3] != (image_size, image_size):
+    raise ValueError(
+      f"images have shape {shape}, the model takes [B, {image_size}, {image_size}, C]"
+    )
+  if not jnp.issubdtype(images_BxHxWxC.dtype, jnp.floating):
+    raise ValueError(f"images are {images_BxHxWxC.dtype}, the model takes preprocessed floats")
+  batch, _, _, channels = shape
+  side = image_size // patch_size
+  x = images_BxHxWxC.reshape(batch, side, patch_size, side, patch_size, channels)
+  return x.swapaxes(2, 3).reshape(batch, side * side, patch_size * patch_size * channels)
+
+
+class PositionEmbedding(nn.Module):
+  """Adds a learned row to each token: [B, T, D] -> [B, T, D]."""
+
+  init: nn.initializers.Initializer
+
+  @nn.compact
+  def __call__(self, x_BxTxD: Array) -> Array:
+    embedding_TxD = self.param("embedding", self.init, x_BxTxD.shape[1:])
+    return x_BxTxD + embedding_TxD.astype(x_BxTxD.dtype)
+
+
+# Dropout.
+#
+# Whether an element is kept is a pure function of (key, layer, the example's position in the global
+# batch, the element's index in the example), so neither devices nor microbatches change a mask. The
+# bits come from an integer hash and not from `jax.random`: XLA fuses it into the product, where
+# threefry costs ten times as much on a CPU (DESIGN.md, decision 8).
+
+
+def mix(x: Array) -> Array:
+  """Hashes uint32 to uint32, one to one, so that any bit flips every other half of the time.
+
+  The constants are `lowbias32` of Chris Wellons' Hash Function Prospector
+  (github.com/skeeto/hash-prospector).
+  """
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+def example_seeds(module: nn.Module, batch_size: int, positions_B: Array | None) -> Array:
+  """Draws the seed of each example from the module's "dropout" key.
+
+  Args:
+    module: the model, given `rngs={"dropout": key}`.
+    batch_size: B.
+    positions_B: int32, each example's place in the global batch; None for 0, 1, ..., B-1.
+  Returns:
+    uint32 [B], to be handed to every `Dropout`.
+  Raises:
+    flax.errors.InvalidRngError: no "dropout" key was given.
+    ValueError: positions of another shape.
+  """
+  if positions_B is None:
+    positions_B = jnp.arange(batch_size)
+  if positions_B.shape != (batch_size,):
+    raise ValueError(f"positions have shape {positions_B.shape}, the batch has {batch_size} images")
+  seeds_B = positions_B.astype(jnp.uint32)
+  for word in jax.random.key_data(module.make_rng("dropout")):
+    seeds_B = mix(seeds_B ^ word)
+  return seeds_B
+
+
+def fold_in(seeds_B: Array | None, number: int) -> Array | None:
+  """Other seeds for another use of the same layers; None (evaluation) stays None."""
+  return None if seeds_B is None else mix(seeds_B ^ jnp.uint32(number))
+
+
+class Dropout(nn.Module):
+  """Sets a share `rate` of each example's elements to zero and scales the others by 1/(1-rate).
+
+  Takes x [B, ...] and the uint32 [B] of `example_seeds`, or None to change nothing (evaluation).
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: Array, seeds_B: Array | None) -> Array:
+    if seeds_B is None or self.rate == 0:
+      return x
+    layer = zlib.crc32("/".join(self.path).encode())
+    return _drop(x, fold_in(seeds_B, layer), self.rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _drop(x: Array, seeds_B: Array, rate: float) -> Array:
+  index = jnp.uint32(0)
+  for axis in range(1, x.ndim):
+    place = jax.lax.broadcasted_iota(jnp.uint32, (1, *x.shape[1:]), axis)
+    index = index + place * jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+  # xor, not a sum: the sequences of two seeds then meet here and there, and never run in parallel.
+  bits = mix(index * jnp.uint32(0x9E3779B9) ^ seeds_B.reshape(-1, *[1] * (x.ndim - 1)))
+  return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
+
+
+# Dropout is linear and its own transpose, so all the backward pass needs is the seeds: the mask is
+# computed again, for less than it would cost to keep it.
+_drop.defvjp(
+  lambda x, seeds_B, rate: (_drop(x, seeds_B, rate), seeds_B),
+  lambda rate, seeds_B, gradient: (_drop(gradient, seeds_B, rate), None),
+)
+
+
+def attention(
+  query_BxTxNxK: Array,
+  key_BxSxNxK: Array,
+  value_BxSxNxK: Array,
+  *,
+  dropout: Dropout,
+  seeds_B: Array | None,
+  scale: float | None = None,
+) -> Array:
+  """Dot-product attention with dropout on its weights.
+
+  Args:
+    query_BxTxNxK, key_BxSxNxK, value_BxSxNxK: heads next to last; S tokens are looked at by T.
+    dropout: applied to the weights [B, N, T, S].
+    seeds_B: uint32 [B], or None in evaluation.
+    scale: what the scores are multiplied by; None for 1/sqrt(K).
+  Returns:
+    [B, T, N, K] in the dtype of the query; the softmax is float32.
+  """
+  # Two ways, because only the first may be replaced by a fused kernel, and none of those takes our
+  # dropout: their masks would depend on how the batch is cut.
+  if seeds_B is None or dropout.rate == 0:
+    return jax.nn.dot_product_attention(query_BxTxNxK, key_BxSxNxK, value_BxSxNxK, scale=scale)
+  if scale is not None:  # flax always divides by sqrt(K)
+    query_BxTxNxK = query_BxTxNxK * (scale * math.sqrt(query_BxTxNxK.shape[-1]))
+  weights_BxNxTxS = nn.dot_product_attention_weights(
+    query_BxTxNxK, key_BxSxNxK, force_fp32_for_softmax=True
+  ).astype(query_BxTxNxK.dtype)
+  return jnp.einsum("bnts,bsnk->btnk", dropout(weights_BxNxTxS, seeds_B), value_BxSxNxK)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention, [B, T, D] -> [B, T, D], with heads of any width."""
+
+  num_heads: int
+  head_dim: int
+  dropout_rate: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
+    # Einsum, not DenseGeneral, which shows its initializer a flattened kernel: Glorot's limits
+    # are then not those of Keras, which counts all axes but the last two as a receptive field.
+    project = functools.partial(
+      nn.Einsum, kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype
+    )
+    width = x_BxTxD.shape[-1]
+    shape = (width, self.num_heads, self.head_dim)
+    query_BxTxNxK = project(shape, "btd,dnk->btnk", name="query")(x_BxTxD)
+    key_BxTxNxK = project(shape, "btd,dnk->btnk", name="key")(x_BxTxD)
+    value_BxTxNxK = project(shape, "btd,dnk->btnk", name="value")(x_BxTxD)
+    x_BxTxNxK = attention(
+      query_BxTxNxK,
+      key_BxTxNxK,
+      value_BxTxNxK,
+      dropout=Dropout(self.dropout_rate),
+      seeds_B=seeds_B,
+    )
+    return project((self.num_heads, self.head_dim, width), "btnk,nkd->btd", name="out")(x_BxTxNxK)

@@ -1,0 +1,198 @@
+"""Perceiver (arXiv:2103.03206, section 3).
+
+As in the Keras example, and other than in the paper: learned position embeddings instead of Fourier
+features, the scores of the cross-attention scaled by one learned scalar, a skip from the
+*normalised* latents and a second one from the normalised attention output, every cross-attention
+sharing its weights (the paper's first has its own), and a head that ends in dropout.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from mlp_models import layers
+
+
+class FFN(nn.Module):
+  """Dense layers over the last axis with gelu between them and dropout at the end."""
+
+  units: Sequence[int]
+  dropout_rate: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: Array, seeds_B: Array | None) -> Array:
+    for i, units in enumerate(self.units):
+      if i > 0:
+        x = layers.gelu(x)
+      x = layers.Dense(units, dtype=self.dtype, name=f"dense{i}")(x)
+    return layers.Dropout(self.dropout_rate)(x, seeds_B)
+
+
+class Scale(nn.Module):
+  """A learned scalar factor that starts at one."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    return x * self.param("scale", nn.initializers.ones, ()).astype(x.dtype)
+
+
+class CrossAttention(nn.Module):
+  """Lets the latents look at the data, with one head as wide as the model."""
+
+  ffn_units: Sequence[int]
+  dropout_rate: float
+  attention_dropout_rate: float
+  dtype: DTypeLike
+
+  def setup(self):
+    width = self.ffn_units[-1]
+    self.norm_latents = layers.LayerNorm(dtype=self.dtype)
+    self.norm_data = layers.LayerNorm(dtype=self.dtype)
+    self.query = layers.Dense(width, dtype=self.dtype)
+    self.key = layers.Dense(width, dtype=self.dtype)
+    self.value = layers.Dense(width, dtype=self.dtype)
+    self.score = Scale()
+    self.attention_dropout = layers.Dropout(self.attention_dropout_rate)
+    self.norm_out = layers.LayerNorm(dtype=self.dtype)
+    self.ffn = FFN(self.ffn_units, self.dropout_rate, self.dtype)
+
+  def keys_and_values(self, data_BxTxD: Array) -> tuple[Array, Array]:
+    """Apart from `__call__`, because the data stay the same over all iterations."""
+    data_BxTxD = self.norm_data(data_BxTxD)
+    return self.key(data_BxTxD), self.value(data_BxTxD)
+
+  def __call__(
+    self, latents_BxLxD: Array, key_BxTxD: Array, value_BxTxD: Array, seeds_B: Array | None
+  ) -> Array:
+    """The latents may have B = 1: in the first iteration they do not depend on the image."""
+    latents_BxLxD = self.norm_latents(latents_BxLxD)
+    query_BxLxD = self.score(self.query(latents_BxLxD))
+    query_BxLxD = jnp.broadcast_to(query_BxLxD, (len(key_BxTxD), *query_BxLxD.shape[1:]))
+    attended_BxLx1xD = layers.attention(
+      query_BxLxD[:, :, None],
+      key_BxTxD[:, :, None],
+      value_BxTxD[:, :, None],
+      dropout=self.attention_dropout,
+      seeds_B=seeds_B,
+      scale=1.0,
+    )
+    x_BxLxD = self.norm_out(attended_BxLx1xD[:, :, 0] + latents_BxLxD)
+    return x_BxLxD + self.ffn(x_BxLxD, seeds_B)
+
+
+class LatentBlock(nn.Module):
+  """Self-attention of the latents, then an FFN, each on normalised input and around a residual."""
+
+  num_heads: int
+  ffn_units: Sequence[int]
+  dropout_rate: float
+  attention_dropout_rate: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x_BxLxD: Array, seeds_B: Array | None) -> Array:
+    width = x_BxLxD.shape[-1]
+    attention = layers.SelfAttention(
+      self.num_heads, width, self.attention_dropout_rate, self.dtype, name="attention"
+    )
+    ffn = FFN(self.ffn_units, self.dropout_rate, self.dtype, name="ffn")
+
+    y_BxLxD = layers.LayerNorm(dtype=self.dtype, name="norm1")(x_BxLxD)
+    x_BxLxD = x_BxLxD + attention(y_BxLxD, seeds_B)
+    y_BxLxD = layers.LayerNorm(dtype=self.dtype, name="norm2")(x_BxLxD)
+    return x_BxLxD + ffn(y_BxLxD, seeds_B)
+
+
+class LatentTransformer(nn.Module):
+  """A stack of `LatentBlock`s; the fields are theirs."""
+
+  num_blocks: int
+  num_heads: int
+  ffn_units: Sequence[int]
+  dropout_rate: float
+  attention_dropout_rate: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x_BxLxD: Array, seeds_B: Array | None) -> Array:
+    for i in range(self.num_blocks):
+      block = LatentBlock(
+        num_heads=self.num_heads,
+        ffn_units=self.ffn_units,
+        dropout_rate=self.dropout_rate,
+        attention_dropout_rate=self.attention_dropout_rate,
+        dtype=self.dtype,
+        name=f"block{i}",
+      )
+      x_BxLxD = block(x_BxLxD, seeds_B)
+    return x_BxLxD
+
+
+class Perceiver(nn.Module):
+  """Perceiver: images [B, H, W, C] -> float32 logits [B, num_classes].
+
+  Each iteration is a cross-attention and `num_blocks` latent blocks; all share their weights. A
+  latent head is as wide as the model. The head is an FFN with the hidden units of `ffn_units`.
+  """
+
+  image_size: int = 64
+  patch_size: int = 2
+  width: int = 256
+  num_latents: int = 256
+  num_iterations: int = 2
+  num_blocks: int = 4
+  num_heads: int = 8
+  ffn_units: Sequence[int] = (256, 256)
+  num_classes: int = 100
+  dropout_rate: float = 0.2
+  attention_dropout_rate: float = 0.1
+  dtype: DTypeLike = jnp.float32
+
+  def __post_init__(self):
+    layers.check_patches(self.image_size, self.patch_size)
+    layers.check_residual("ffn_units", self.ffn_units, self.width)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self, images_BxHxWxC: Array, train: bool = False, positions: Array | None = None
+  ) -> Array:
+    seeds_B = layers.example_seeds(self, len(images_BxHxWxC), positions) if train else None
+    x_BxTxP = layers.patches(images_BxHxWxC, self.image_size, self.patch_size)
+    data_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
+    data_BxTxD = layers.PositionEmbedding(layers.uniform_symmetric, name="position")(data_BxTxD)
+
+    cross = CrossAttention(
+      ffn_units=self.ffn_units,
+      dropout_rate=self.dropout_rate,
+      attention_dropout_rate=self.attention_dropout_rate,
+      dtype=self.dtype,
+      name="cross",
+    )
+    transformer = LatentTransformer(
+      num_blocks=self.num_blocks,
+      num_heads=self.num_heads,
+      ffn_units=self.ffn_units,
+      dropout_rate=self.dropout_rate,
+      attention_dropout_rate=self.attention_dropout_rate,
+      dtype=self.dtype,
+      name="latent",
+    )
+    keys_BxTxD, values_BxTxD = cross.keys_and_values(data_BxTxD)
+    latents_LxD = self.param(
+      "latents", nn.initializers.normal(0.05), (self.num_latents, self.width)
+    )
+    latents_BxLxD = latents_LxD[None].astype(self.dtype)
+    for i in range(self.num_iterations):
+      # The layers are the same in each iteration, their masks must not be.
+      iteration_seeds_B = layers.fold_in(seeds_B, i)
+      latents_BxLxD = cross(latents_BxLxD, keys_BxTxD, values_BxTxD, iteration_seeds_B)
+      latents_BxLxD = transformer(latents_BxLxD, iteration_seeds_B)
+
+    x_BxD = latents_BxLxD.mean(axis=1, dtype=jnp.float32)
+    head_units = (*self.ffn_units[:-1], self.num_classes)
+    return FFN(head_units, self.dropout_rate, jnp.float32, name="head")(x_BxD, seeds_B)

@@ -1,0 +1,271 @@
+"""The models' behaviour, at toy sizes; tests/test_golden.py compares their numbers with Keras."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mlp_models
+from mlp_models import layers
+
+SMALL = {"image_size": 8, "patch_size": 4, "width": 16, "num_blocks": 2, "num_classes": 5}
+OVERRIDES = {name: dict(SMALL) for name in mlp_models.MODELS}
+OVERRIDES["perceiver"] |= {"num_latents": 3, "num_heads": 2, "ffn_units": (12, 16)}
+OVERRIDES["vit"] |= {
+  "num_heads": 2,
+  "head_dim": 4,
+  "mlp_units": (12, 16),
+  "head_units": (24, 8),
+}
+every_model = pytest.mark.parametrize("name", mlp_models.MODELS)
+
+
+def small(name, **overrides):
+  return mlp_models.create(name, **OVERRIDES[name] | overrides)
+
+
+@functools.cache
+def images():
+  return jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+
+
+@functools.cache
+def params(name, **overrides):
+  return jax.jit(small(name, **overrides).init)(jax.random.key(0), images())["params"]
+
+
+@functools.cache
+def training_logits(name):
+  """A jitted function of (images, key, positions)."""
+  return jax.jit(
+    lambda images, key, positions: small(name).apply(
+      {"params": params(name)}, images, train=True, positions=positions, rngs={"dropout": key}
+    )
+  )
+
+
+@every_model
+def test_dropout_is_active_in_training_and_follows_the_key(name):
+  evaluation = small(name).apply({"params": params(name)}, images())
+  logits = functools.partial(training_logits(name), images(), positions=jnp.arange(4))
+  first, again, other = (logits(key=jax.random.key(k)) for k in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert not np.any(np.isclose(first, other).all(axis=1))
+  assert not np.any(np.isclose(first, evaluation).all(axis=1))
+
+
+@every_model
+def test_evaluation_is_the_default_and_needs_no_key(name):
+  model, variables = small(name), {"params": params(name)}
+  logits = model.apply(variables, images())
+  assert logits.shape == (4, 5) and logits.dtype == jnp.float32
+  np.testing.assert_array_equal(logits, model.apply(variables, images(), train=False))
+  with pytest.raises(flax.errors.InvalidRngError):
+    model.apply(variables, images(), train=True)
+
+
+@every_model
+def test_training_does_not_depend_on_how_the_batch_is_cut(name):
+  logits, key = training_logits(name), jax.random.key(0)
+  whole = logits(images(), key, None)
+  np.testing.assert_allclose(whole, logits(images(), key, jnp.arange(4)), atol=1e-6)
+  for positions in (jnp.array([0, 1]), jnp.array([2, 3])):
+    part = logits(images()[positions], key, positions)
+    np.testing.assert_allclose(part, whole[positions], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "name, layer",
+  [
+    ("mixer", "block0/token_mlp"),
+    ("mixer", "block1/channel_mlp"),
+    ("mixer", ""),
+    ("fnet", "block0/ffn"),
+    ("fnet", ""),
+    ("gmlp", "block0"),
+    ("gmlp", ""),
+    ("perceiver", "cross"),
+    ("perceiver", "cross/ffn"),
+    ("perceiver", "latent/block0/attention"),
+    ("perceiver", "latent/block1/ffn"),
+    ("perceiver", "head"),
+    ("vit", "block0/attention"),
+    ("vit", "block1/mlp"),
+    ("vit", ""),
+    ("vit", "head_mlp"),
+  ],
+)
+def test_dropout_sits_where_keras_has_it(name, layer):
+  assert layer in {path.rpartition("/")[0] for path, _, _ in dropout_calls(name)}
+
+
+def dropout_calls(name, **overrides):
+  """(path, rate, shape without the batch) of each dropout, in order of use."""
+  calls = []
+
+  def spy(next_function, args, kwargs, context):
+    if isinstance(context.module, layers.Dropout):
+      calls.append(("/".join(context.module.path), context.module.rate, args[0].shape[1:]))
+    return next_function(*args, **kwargs)
+
+  model = small(name, **overrides)
+  with flax.linen.intercept_methods(spy):
+    jax.eval_shape(
+      lambda key: model.init({"params": key, "dropout": key}, images(), train=True),
+      jax.random.key(0),
+    )
+  return calls
+
+
+def test_dropout_shapes_and_rates_are_those_of_the_keras_examples():
+  T, D, L = 4, 16, 3
+  # Mixer: after each MLP's last layer. FNet, gMLP: after the hidden layer. All: before the head.
+  block = [(0.2, (D, T)), (0.2, (T, D))]
+  assert [call[1:] for call in dropout_calls("mixer")] == [*block, *block, (0.2, (D,))]
+  assert [call[1:] for call in dropout_calls("fnet")] == [(0.2, (T, D))] * 2 + [(0.2, (D,))]
+  assert [call[1:] for call in dropout_calls("gmlp")] == [(0.2, (T, 2 * D))] * 2 + [(0.2, (D,))]
+  # Perceiver: on the attention's weights, after each FFN's last layer, and on the logits.
+  cross, latent = [(0.1, (1, L, T)), (0.2, (L, D))], [(0.1, (2, L, L)), (0.2, (L, D))]
+  iteration = cross + 2 * latent
+  assert [call[1:] for call in dropout_calls("perceiver")] == 2 * iteration + [(0.2, (5,))]
+  # ViT: on the attention's weights, after every layer of an MLP, and before the head's MLP.
+  block = [(0.1, (2, T, T)), (0.1, (T, 12)), (0.1, (T, D))]
+  head = [(0.5, (T * D,)), (0.5, (24,)), (0.5, (8,))]
+  assert [call[1:] for call in dropout_calls("vit")] == 2 * block + head
+
+
+def test_perceiver_iterations_have_masks_of_their_own():
+  # Without learning of its own, a second iteration that repeated the masks of the first would be
+  # told from it by nothing; so look at the seeds.
+  seeds = []
+
+  def spy(next_function, args, kwargs, context):
+    if context.module.path == ("cross", "attention_dropout"):
+      seeds.append(args[1])
+    return next_function(*args, **kwargs)
+
+  with flax.linen.intercept_methods(spy):
+    small("perceiver").apply(
+      {"params": params("perceiver")}, images(), train=True, rngs={"dropout": jax.random.key(0)}
+    )
+  assert len(seeds) == 2 and not np.any(seeds[0] == seeds[1])
+
+
+def test_perceiver_computes_keys_and_values_of_the_data_once():
+  calls = []
+
+  def spy(next_function, args, kwargs, context):
+    calls.append("/".join(context.module.path))
+    return next_function(*args, **kwargs)
+
+  model = small("perceiver", num_iterations=3)
+  with flax.linen.intercept_methods(spy):
+    jax.eval_shape(model.apply, {"params": params("perceiver")}, images())
+  assert [calls.count(f"cross/{layer}") for layer in ("query", "key", "value")] == [3, 1, 1]
+
+
+def test_perceiver_shares_weights_between_iterations():
+  model = small("perceiver", num_iterations=1)
+  once = jax.eval_shape(model.init, jax.random.key(0), images())["params"]
+  assert jax.tree.map(jnp.shape, once) == jax.tree.map(jnp.shape, params("perceiver"))
+
+
+def test_vit_with_mean_pooling_does_not_depend_on_the_number_of_tokens():
+  mean, flat = params("vit", pool="mean"), params("vit")
+  assert mean["head_mlp"]["dense0"]["kernel"].shape == (16, 24)
+  assert flat["head_mlp"]["dense0"]["kernel"].shape == (4 * 16, 24)
+  logits = small("vit", pool="mean").apply({"params": mean}, images())
+  assert logits.shape == (4, 5)
+
+
+@every_model
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16])
+def test_bfloat16_computes_in_half_and_keeps_params_and_logits_in_full(name, dtype):
+  model = small(name, dtype=dtype)
+  variables = {"params": params(name)}
+  assert {p.dtype for p in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), images()))}
+  half = jax.jit(model.apply)(variables, images())
+  full = small(name).apply(variables, images())
+  assert half.dtype == jnp.float32
+  assert 0 < np.abs(half - full).max() < 0.1 * np.abs(full).max()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_attention_is_softmax_of_scaled_scores(train):
+  query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 4))
+  scores = np.einsum("btnk,bsnk->bnts", query, key) * 0.3
+  expected = np.einsum("bnts,bsnk->btnk", jax.nn.softmax(scores), value)
+  # So small a rate drops nothing here, but takes the way that training takes.
+  dropout = layers.Dropout(1e-9, parent=None)
+  seeds = jnp.arange(2, dtype=jnp.uint32) if train else None
+  actual = layers.attention(query, key, value, dropout=dropout.bind({}), seeds_B=seeds, scale=0.3)
+  np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_attention_kernels_start_as_in_keras():
+  # Keras counts all axes but the last two as a receptive field: fans of [64, 4, 64] are 256, 4096.
+  model = layers.SelfAttention(4, 64, 0.1, jnp.float32)
+  kernels = model.init(jax.random.key(0), jnp.zeros((1, 2, 64)), None)["params"]
+  for name, limit in (("query", (6 / (256 + 4096)) ** 0.5), ("out", (6 / (256 + 256)) ** 0.5)):
+    largest = np.abs(kernels[name]["kernel"]).max()
+    assert 0.99 * limit < largest <= limit
+  assert not np.any(kernels["query"]["bias"])
+
+
+def test_parameters_start_as_in_keras():
+  perceiver = params("perceiver")
+  np.testing.assert_allclose(np.std(perceiver["latents"]), 0.05, rtol=0.4)
+  assert 0.04 < np.abs(perceiver["position"]["embedding"]).max() <= 0.05
+  assert perceiver["cross"]["score"]["scale"] == 1
+  np.testing.assert_array_equal(params("gmlp")["block0"]["spatial"]["bias"], 1)
+  kernel = params("mixer")["patch_embed"]["kernel"]
+  limit = (6 / sum(kernel.shape)) ** 0.5
+  assert 0.98 * limit < np.abs(kernel).max() <= limit
+
+
+def test_patches_run_by_row_then_column_then_channel():
+  image = jnp.arange(4 * 4 * 3, dtype=jnp.float32).reshape(1, 4, 4, 3)
+  tokens = layers.patches(image, image_size=4, patch_size=2)
+  assert tokens.shape == (1, 4, 12)
+  np.testing.assert_array_equal(tokens[0, 1], image[0, :2, 2:].ravel())
+  np.testing.assert_array_equal(tokens[0, 2], image[0, 2:, :2].ravel())
+
+
+@pytest.mark.parametrize(
+  "name, overrides, message",
+  [
+    ("mixr", {}, "unknown model 'mixr'.*'mixer'"),
+    ("resnet", {}, "unknown model 'resnet'.*mixer, fnet, gmlp, perceiver, vit"),
+    ("mixer", {"num_blcks": 2}, "'num_blcks'.*'num_blocks'"),
+    ("mixer", {"num_heads": 2}, "mixer has no field 'num_heads'"),
+    ("mixer", {"patch_size": 7}, "image_size 64 .*patch_size 7"),
+    ("fnet", {"image_size": 60}, "image_size 60 .*patch_size 8"),
+    ("vit", {"mlp_units": (128, 32)}, "128, 32.*width 64"),
+    ("vit", {"width": 128}, "128, 64.*width 128"),
+    ("perceiver", {"width": 64}, "256, 256.*width 64"),
+    ("perceiver", {"ffn_units": ()}, r"ffn_units \(\).*width 256"),
+    ("vit", {"pool": "max"}, "'max'.*flatten, mean"),
+    ("mixer", {"dropout_rate": 1.0}, "dropout_rate is 1.0"),
+    ("mixer", {"num_blocks": 0}, "num_blocks is 0"),
+    ("vit", {"head_units": (0,)}, "head_units"),
+    ("mixer", {"dtype": "float16"}, "float16.*bfloat16"),
+    ("mixer", {"dtype": "flaot32"}, "flaot32"),
+  ],
+)
+def test_what_does_not_fit_is_one_line_that_names_it(name, overrides, message):
+  with pytest.raises(ValueError, match=message) as error:
+    mlp_models.create(name, **overrides)
+  assert "\n" not in str(error.value)
+
+
+@every_model
+def test_images_of_another_size_are_an_error_that_names_both(name):
+  model = small(name)
+  for shape in ((4, 12, 12, 3), (4, 8, 12, 3), (8, 8, 3)):
+    with pytest.raises(ValueError, match=rf"\({', '.join(map(str, shape))}\).*8, 8, C"):
+      jax.eval_shape(model.apply, {"params": params(name)}, jnp.zeros(shape))
+  with pytest.raises(ValueError, match="uint8.*float"):
+    jax.eval_shape(model.apply, {"params": params(name)}, jnp.zeros((4, 8, 8, 3), jnp.uint8))

@@ -1,0 +1,183 @@
+"""The optimizer against AdamW by hand, plateau and early stopping against Keras' decisions."""
+
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from train import optimizer
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "plateau.json").read_text())
+
+
+def _config(**overrides):
+  defaults = dict(
+    learning_rate=0.01,
+    weight_decay=0.1,
+    independent_weight_decay=False,
+    b1=0.9,
+    b2=0.999,
+    epsilon=1e-7,
+  )
+  return ConfigDict(defaults | overrides)
+
+
+def _plateau_config(factor=0.5, patience=5, min_delta=1e-4):
+  return ConfigDict(dict(factor=factor, patience=patience, min_delta=min_delta))
+
+
+def _steps(config, params, grads, scales):
+  """The params after each of our steps."""
+  transformation = optimizer.make_optimizer(config)
+  state = transformation.init(params)
+  for grad, scale in zip(grads, scales, strict=True):
+    updates, state = transformation.update(grad, state, params, learning_rate_scale=scale)
+    params = optax.apply_updates(params, updates)
+    yield params
+
+
+def _adamw_by_hand(config, param, grads, scales):
+  """Loshchilov and Hutter's algorithm 2, in float64."""
+  m = v = 0.0
+  for t, (grad, scale) in enumerate(zip(grads, scales, strict=True), start=1):
+    m = config.b1 * m + (1 - config.b1) * grad
+    v = config.b2 * v + (1 - config.b2) * grad**2
+    direction = (m / (1 - config.b1**t)) / (np.sqrt(v / (1 - config.b2**t)) + config.epsilon)
+    rate = scale * config.learning_rate
+    decay = config.weight_decay * (1.0 if config.independent_weight_decay else rate)
+    param = param - rate * direction - decay * param
+    yield param
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_adamw_equals_the_algorithm_by_hand_for_every_parameter(independent):
+  config = _config(independent_weight_decay=independent)
+  rng = np.random.default_rng(0)
+  shapes = {"kernel": (3, 4), "bias": (4,), "scale": ()}
+  params = {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+  grads = [
+    {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()} for _ in range(4)
+  ]
+  scales = [1.0, 1.0, 0.5, 0.25]
+  ours = list(_steps(config, params, grads, scales))
+  for name in shapes:
+    expected = _adamw_by_hand(config, np.float64(params[name]), [g[name] for g in grads], scales)
+    for after, value in zip(ours, expected, strict=True):
+      np.testing.assert_allclose(after[name], value, rtol=2e-6, atol=1e-7)
+
+
+def test_independent_weight_decay_ignores_learning_rate_and_plateau():
+  zero = {"w": jnp.zeros(1)}
+  one = {"w": jnp.ones(1)}
+  for learning_rate, scale in [(1e-3, 1.0), (5e-3, 0.1)]:
+    config = _config(learning_rate=learning_rate, independent_weight_decay=True)
+    (after,) = _steps(config, one, [zero], [scale])
+    np.testing.assert_allclose(after["w"], 1 - config.weight_decay, rtol=1e-6)
+    (after,) = _steps(_config(learning_rate=learning_rate), one, [zero], [scale])
+    np.testing.assert_allclose(after["w"], 1 - scale * learning_rate * 0.1, rtol=1e-6)
+
+
+def test_epsilon_bounds_the_step_of_a_tiny_gradient():
+  grad, rate = 1e-7, 0.01
+  config = _config(weight_decay=0.0, learning_rate=rate)
+  (after,) = _steps(config, {"w": jnp.zeros(1)}, [{"w": jnp.full(1, grad)}], [1.0])
+  np.testing.assert_allclose(after["w"], -rate * grad / (grad + 1e-7), rtol=1e-3)
+
+
+def test_scale_is_an_array_under_jit_and_keeps_float32():
+  transformation = optimizer.make_optimizer(_config(weight_decay=0.0))
+  params = {"w": jnp.ones(2)}
+
+  @jax.jit
+  def step(scale):
+    grads = {"w": jnp.full(2, 3.0)}
+    return transformation.update(
+      grads, transformation.init(params), params, learning_rate_scale=scale
+    )[0]["w"]
+
+  full, tenth = step(jnp.float32(1.0)), step(jnp.float32(0.1))
+  np.testing.assert_allclose(full, -0.01, rtol=1e-5)
+  np.testing.assert_allclose(tenth, 0.1 * full, rtol=1e-6)
+  assert full.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("case", range(len(GOLDEN)))
+def test_plateau_and_early_stop_decide_as_keras_after_every_epoch(case):
+  golden = GOLDEN[case]
+  plateau = optimizer.make_plateau(_plateau_config(golden["factor"], golden["patience"]))
+  state = plateau.init({"w": jnp.zeros(1)})
+  best = optimizer.init_best("min")
+  after_epoch = jax.jit(
+    lambda state, best, loss, epoch: (
+      optimizer.end_of_epoch(plateau, state, loss),
+      optimizer.update_best(best, loss, epoch, "min"),
+    )
+  )
+  learning_rates, stopped = [], None
+  for epoch, loss in enumerate(golden["val_loss"], start=1):
+    state, best = after_epoch(state, best, loss, epoch)
+    learning_rates.append(golden["initial_lr"] * float(state.scale))
+    if optimizer.should_stop(best, epoch, golden["stop_patience"]):
+      stopped = epoch - 1  # the golden file counts from 0
+      break
+  np.testing.assert_allclose(learning_rates, golden["lr_after_epoch"], rtol=1e-6)
+  assert stopped == golden["stopped_after_epoch"]
+  assert int(best.epoch) - 1 == golden["best_epoch"]
+
+
+def test_golden_losses_take_every_decision():
+  assert any(case["stopped_after_epoch"] is not None for case in GOLDEN)
+  assert any(case["stopped_after_epoch"] is None for case in GOLDEN)
+  assert all(len(set(case["lr_after_epoch"])) > 1 for case in GOLDEN)
+
+
+def test_plateau_without_factor_never_lowers_the_rate_and_has_the_same_state():
+  params = {"w": jnp.zeros(1)}
+  plateau = optimizer.make_plateau(_plateau_config(factor=1.0, patience=1))
+  state = plateau.init(params)
+  other = optimizer.make_plateau(_plateau_config(factor=0.5, patience=1)).init(params)
+  assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, other)
+  for _ in range(5):
+    state = optimizer.end_of_epoch(plateau, state, 1.0)
+    assert state.scale == 1.0
+
+
+def test_min_delta_is_absolute():
+  plateau = optimizer.make_plateau(_plateau_config(patience=1, min_delta=0.1))
+  state = optimizer.end_of_epoch(plateau, plateau.init({"w": jnp.zeros(1)}), 100.0)
+  assert optimizer.end_of_epoch(plateau, state, 99.8).scale == 1.0
+  assert optimizer.end_of_epoch(plateau, state, 99.95).scale == 0.5
+
+
+@pytest.mark.parametrize("mode, values", [("min", [3, 2, 2, 4]), ("max", [0.1, 0.3, 0.3, 0.2])])
+def test_best_keeps_the_first_of_equal_values(mode, values):
+  best = optimizer.init_best(mode)
+  for epoch, value in enumerate(values, start=1):
+    best = optimizer.update_best(best, value, epoch, mode)
+  assert int(best.epoch) == 2
+  assert float(best.value) == np.float32(values[1])
+  assert best.value.dtype == jnp.float32 and best.epoch.dtype == jnp.int32
+
+
+def test_nan_is_no_improvement_and_stops_after_patience_epochs():
+  best = optimizer.update_best(optimizer.init_best("min"), math.nan, 1, "min")
+  assert int(best.epoch) == 0 and math.isinf(best.value)
+  assert [optimizer.should_stop(best, epoch, 3) for epoch in (1, 2, 3)] == [False, False, True]
+  plateau = optimizer.make_plateau(_plateau_config(patience=2))
+  state = plateau.init({"w": jnp.zeros(1)})
+  for loss in (1.0, math.nan, math.nan):
+    state = optimizer.end_of_epoch(plateau, state, loss)
+  assert state.scale == 0.5
+  assert state.best_value == 1.0
+
+
+@pytest.mark.parametrize("patience", [0, None])
+def test_no_patience_never_stops(patience):
+  best = optimizer.update_best(optimizer.init_best("min"), 1.0, 1, "min")
+  assert optimizer.should_stop(best, 1000, patience) is False

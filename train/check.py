@@ -1,0 +1,44 @@
+"""Refuses impossible configs in one line, before anything costly starts."""
+
+from ml_collections import ConfigDict
+
+import mlp_models
+from train.optimizer import BEST
+
+
+class ConfigError(ValueError):
+  """A config that can't be trained. The message names the value and the way out."""
+
+
+def check_config(config: ConfigDict) -> None:
+  """Raises ConfigError for the first knob of `config` that is out of range or fits no other."""
+
+  def require(holds: bool, key: str, need: str) -> None:
+    if not holds:
+      value = config
+      for part in key.split("."):
+        value = value[part]
+      raise ConfigError(f"config.{key} = {value!r}: {need}")
+
+  require(config.epochs >= 1, "epochs", "at least 1")
+  require(config.batch_size >= 1, "batch_size", "at least 1")
+  require(config.microbatch is None or config.microbatch >= 1, "microbatch", "at least 1, or None")
+  require(config.cpu_microbatch >= 1, "cpu_microbatch", "at least 1")
+  require(0 <= config.seed < 2**32, "seed", "from 0 to 2**32 - 1")
+  require(config.checkpoint_seconds > 0, "checkpoint_seconds", "more than 0")
+  require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
+  require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
+  require(config.optimizer.learning_rate > 0, "optimizer.learning_rate", "more than 0")
+  require(0 <= config.optimizer.weight_decay < 1, "optimizer.weight_decay", "from 0 to below 1")
+  require(0 <= config.optimizer.b1 < 1, "optimizer.b1", "at least 0 and less than 1")
+  require(0 <= config.optimizer.b2 < 1, "optimizer.b2", "at least 0 and less than 1")
+  require(config.optimizer.epsilon > 0, "optimizer.epsilon", "more than 0")
+  require(0 < config.plateau.factor <= 1, "plateau.factor", "more than 0, at most 1 (1: none)")
+  require(config.plateau.patience >= 1, "plateau.patience", "at least 1 epoch")
+  require(config.plateau.min_delta > 0, "plateau.min_delta", "more than 0")
+  require(config.early_stop_patience >= 0, "early_stop_patience", "at least 0 (0: never stop)")
+  require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
+  try:
+    mlp_models.create(**config.model, dtype=config.dtype)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f"config.model: {error}") from None

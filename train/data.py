@@ -1,0 +1,518 @@
+"""Datasets: from TFDS on disk to batches on the mesh.
+
+    python -m train.data prepare --name cifar100 [--data_dir DIR] [--archive FILE]
+    python -m train.data show --config configs/mixer.py [--config.KEY=VALUE] [--output FILE.png]
+
+Any TFDS image-classification set (features `image` and `label`) that fits in memory, prepared as
+ArrayRecord and read without TensorFlow. One process reads all of it.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+import textwrap
+import threading
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+from ml_collections import ConfigDict
+from PIL import Image
+
+from train import flags
+
+Batch = Mapping[str, np.ndarray]
+
+SPLITS = ("train", "validation", "test")
+_EMBEDDED = "shapes100"  # the embedded dataset: drawn on the spot, needs no network
+_NOTHING_DELETED = (
+  "Nothing was deleted. Move the folder away to have the dataset prepared anew, or choose another "
+  "with --config.data.data_dir."
+)
+_CHUNK = 4096  # records read at a time
+_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+
+
+class DataError(Exception):
+  """A dataset can't be used. The message is the complete text for the user."""
+
+
+class UnreachableError(DataError):
+  """The dataset is not on disk and can't be downloaded now."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+  """What is known of a prepared dataset before any image is read."""
+
+  name: str
+  class_names: tuple[str, ...]
+  image_shape: tuple[int | None, int | None, int]  # H, W, C; None where images differ in size
+  sizes: dict[str, int]  # images in "train", "validation" and "test"
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Images, uint8 [N, H, W, C], and their labels, int32 [N]."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A dataset in memory; a split that was not asked for is None."""
+
+  name: str
+  class_names: tuple[str, ...]
+  train: Split | None = None
+  validation: Split | None = None
+  test: Split | None = None
+
+
+# Finding and preparing ----------------------------------------------------------------------------
+
+
+def resolve(data_config: ConfigDict) -> ConfigDict:
+  """Makes sure that a dataset is there: finds it prepared, or prepares it.
+
+  Args:
+    data_config: `config.data`; `fallback` names the dataset to use if `name` is out of reach.
+  Returns:
+    `data_config`, or a copy whose `name` is the fallback's; a notice on stderr says so.
+  Raises:
+    DataError: the dataset is broken, or out of reach with no fallback.
+  """
+  try:
+    _prepared_builder(data_config)
+    return data_config
+  except UnreachableError as error:
+    if not data_config.fallback:
+      raise
+    reason = str(error).splitlines()[0]
+  notice = (
+    f"NOT TRAINING ON {data_config.name.upper()}. {reason} "
+    f'Instead, this run uses the embedded dataset "{data_config.fallback}": drawn shapes. '
+    f"Its accuracies say nothing about {data_config.name}."
+  )
+  print(_boxed(notice), file=sys.stderr, flush=True)
+  data_config = data_config.copy_and_resolve_references()
+  data_config.name = data_config.fallback
+  _prepared_builder(data_config)
+  return data_config
+
+
+def describe(data_config: ConfigDict) -> DatasetInfo:
+  """Classes, image shape and split sizes; prepares the dataset if need be, but reads no image.
+
+  Raises:
+    DataError: the dataset is out of reach, broken, or no image-classification set.
+  """
+  builder = _prepared_builder(data_config)
+  class_names = _class_names(builder)
+  shape = builder.info.features["image"].shape
+  sizes = {}
+  for split in SPLITS:
+    instruction = data_config[f"{split}_split"]
+    try:
+      sizes[split] = builder.info.splits[instruction].num_examples
+    except (KeyError, ValueError, AssertionError):
+      known = ", ".join(f"{name} ({s.num_examples:,})" for name, s in builder.info.splits.items())
+      raise DataError(
+        f"config.data.{split}_split = {instruction!r} is no split of {data_config.name}, "
+        f"which has {known}."
+      ) from None
+    if not sizes[split]:
+      raise DataError(f"config.data.{split}_split = {instruction!r} holds no image.")
+  return DatasetInfo(data_config.name, class_names, (*shape[:2], shape[2] or 3), sizes)
+
+
+def _class_names(builder):
+  """Names from disk; numbers where the dataset has none. TFDS reads over a damaged file."""
+  label = builder.info.features["label"]
+  path = Path(label.get_names_filepath(builder.data_path, "label"))
+  if not path.exists():
+    return tuple(label.names)
+  names = path.read_text(errors="replace").split("\n")
+  names = tuple(name.strip() for name in names if name.strip())
+  if len(set(names)) != label.num_classes:
+    raise DataError(
+      f"{path} is damaged: {len(set(names))} names for {label.num_classes} classes. "
+      f"{_NOTHING_DELETED}"
+    )
+  return names
+
+
+def _prepared_builder(data_config):
+  """A TFDS builder whose data is on disk as ArrayRecord; downloads or draws the data if need be."""
+  builder = _builder(data_config.name, _data_dir(data_config))
+  features = builder.info.features
+  if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
+    raise DataError(
+      f"{builder.name} is no image-classification dataset: it needs the features image and label, "
+      f"and has {', '.join(features)}."
+    )
+  if features["image"].np_dtype != np.uint8:
+    raise DataError(f"{builder.name} has {features['image'].np_dtype} images: only uint8 is read.")
+  folder = Path(builder.data_path)
+  if not folder.exists():
+    _prepare(builder, data_config)
+  elif not builder.is_prepared():
+    raise DataError(f"{folder} is half-written: it has no dataset_info.json. {_NOTHING_DELETED}")
+  if builder.info.file_format.value != "array_record":
+    raise DataError(
+      f"{folder} is prepared as {builder.info.file_format.value}, which can't be read by index. "
+      f"Prepare it as ArrayRecord in another folder: "
+      f"python -m train.data prepare --name {data_config.name} --data_dir DIR"
+    )
+  return builder
+
+
+def _data_dir(data_config) -> Path:
+  """Where TFDS keeps its datasets."""
+  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  return Path(data_config.data_dir or default).expanduser().absolute()
+
+
+def _builder(name, data_dir):
+  """The TFDS builder of a dataset, ours where we have one; nothing is prepared yet."""
+  import tensorflow_datasets as tfds  # imported late: half a second
+
+  from train.datasets import cifar, shapes100
+
+  ours = {
+    "cifar10": cifar.Cifar10,
+    "cifar100": cifar.Cifar100,
+    "shapes100": shapes100.Shapes100,
+  }
+  try:
+    if name in ours:
+      return ours[name](data_dir=data_dir)
+    with contextlib.redirect_stdout(io.StringIO()):  # where TFDS asks for TensorFlow
+      return tfds.builder(name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError:
+    raise DataError(f"--config.data.name={name} is no dataset that TFDS knows.") from None
+  except ModuleNotFoundError as error:
+    raise DataError(f"TFDS's code for {name} needs a package: {_first_line(error)}") from error
+  except Exception as error:
+    path = _damaged_json(data_dir / name.split(":")[0])
+    raise DataError(f"{path} can't be read: {_first_line(error)} {_NOTHING_DELETED}") from error
+
+
+def _damaged_json(folder):
+  """The file that is no JSON, below a dataset's folder; the folder if there is none."""
+  for path in sorted(folder.rglob("*.json")):
+    try:
+      json.loads(path.read_bytes())
+    except ValueError:
+      return path
+  return folder
+
+
+def _prepare(builder, data_config):
+  """Has TFDS write the dataset to disk, from its archive or URL. TFDS does so atomically."""
+  import tensorflow_datasets as tfds
+
+  if data_config.archive:
+    _use_archive(builder, data_config)
+  else:
+    _require_reachable(builder, data_config)
+  print(f"Preparing {builder.name} in {builder.data_path}", file=sys.stderr, flush=True)
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces each stage
+      builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+      )
+  except ModuleNotFoundError as error:
+    raise DataError(
+      f"TFDS prepares {builder.name} with a package that is not installed here: "
+      f"{_first_line(error)} Prepare it where there is one, with "
+      f'builder.download_and_prepare(file_format="array_record"), and copy the result to '
+      f"{builder.data_path}."
+    ) from error
+  except Exception as error:
+    raise DataError(f"{builder.name} could not be prepared: {_first_line(error)}") from error
+
+
+def _use_archive(builder, data_config):
+  """Has the builder read the archive on disk, after a look at its checksum."""
+  from tensorflow_datasets.core.download import checksums
+
+  archive = Path(data_config.archive).expanduser()
+  if not hasattr(builder, "archive"):
+    raise DataError(f"Only cifar10 and cifar100 are prepared from an archive, not {builder.name}.")
+  if not archive.is_file():
+    raise DataError(f"--config.data.archive={archive} is no file.")
+  (expected,) = builder.url_infos.values()
+  found = checksums.compute_url_info(archive)
+  if (found.size, found.checksum) != (expected.size, expected.checksum):
+    raise DataError(
+      f"{archive} is not {expected.filename} as published, or damaged.\n"
+      f"  expected {expected.size:,} bytes, sha256 {expected.checksum}\n"
+      f"  found    {found.size:,} bytes, sha256 {found.checksum}"
+    )
+  builder.archive = str(archive)
+
+
+def _require_reachable(builder, data_config, timeout=8):
+  """Raises if the dataset's host does not answer: TFDS would try again for over three minutes."""
+  url = next(iter(builder.url_infos or ()), None)
+  if url is None:  # drawn on the spot, or not known beforehand
+    return
+  answer = [f"no answer within {timeout} seconds"]
+
+  def ask():
+    try:
+      with urllib.request.urlopen(url, timeout=timeout):  # through the proxies of the environment
+        answer[0] = ""
+    except Exception as error:
+      answer[0] = str(getattr(error, "reason", error))
+
+  thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no timeout
+  thread.start()
+  thread.join(timeout)
+  if answer[0]:
+    ways_out = (
+      "a folder where TFDS has prepared it:  --config.data.data_dir=DIR (or TFDS_DATA_DIR=DIR)",
+      "its archive, if you have it on disk:  --config.data.archive=FILE (cifar10, cifar100)",
+      f"the embedded dataset:                 --config.data.name={_EMBEDDED}",
+    )
+    raise UnreachableError(
+      f"{builder.name} is not prepared in {_data_dir(data_config)}, and {url} can't be reached "
+      f"({answer[0]}).\nThree ways out:\n  " + "\n  ".join(ways_out)
+    )
+
+
+def _first_line(error):
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0].rstrip(".") + "."
+
+
+def _boxed(text):
+  """The text in a frame of asterisks, 80 columns wide."""
+  lines = [f"*  {line:<74}  *" for line in ("", *textwrap.wrap(text, 74), "")]
+  return "\n".join(["*" * 80, *lines, "*" * 80])
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def load(data_config: ConfigDict, image_size: int, splits: tuple[str, ...] = SPLITS) -> Dataset:
+  """Reads a dataset into memory, prepared first if need be.
+
+  Args:
+    data_config: `config.data`.
+    image_size: height and width in pixels to which images are resized where the dataset's differ
+      in size; where all have one size, they are kept as they are.
+    splits: which of "train", "validation" and "test" to read.
+  Raises:
+    DataError: the dataset is out of reach, broken, or larger than the memory available.
+  """
+  info = describe(data_config)
+  height, width, channels = info.image_shape
+  shape = (height or image_size, width or image_size, channels)
+  needed = sum(info.sizes[split] for split in splits) * int(np.prod(shape))
+  available = psutil.virtual_memory().available
+  if needed > available:
+    raise DataError(
+      f"{info.name} takes {needed / 2**30:.1f} GiB in memory, and {available / 2**30:.1f} GiB are "
+      "available. Read less of it, for instance --config.data.train_split='train[:10%]'."
+    )
+  builder = _prepared_builder(data_config)
+  read = {split: _read(builder, data_config[f"{split}_split"], shape) for split in splits}
+  return Dataset(info.name, info.class_names, **read)
+
+
+def _read(builder, instruction, shape) -> Split:
+  """Decodes a split: 0.12 ms an image of 32x32, most of it in Python, so threads don't help."""
+  from array_record.python.array_record_data_source import ArrayRecordDataSource
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  split = builder.info.splits[instruction]
+  images = np.empty((split.num_examples, *shape), np.uint8)
+  labels = np.empty(split.num_examples, np.int32)
+  row = 0
+  for file in split.file_instructions:
+    try:
+      source = ArrayRecordDataSource([file])
+      for start in range(0, len(source), _CHUNK):
+        for record in source.__getitems__(range(start, min(start + _CHUNK, len(source)))):
+          # TFDS's own features.deserialize_example_np takes three times as long.
+          feature = tf_example_pb2.Example.FromString(record).features.feature
+          images[row] = _decode(feature["image"].bytes_list.value[0], shape)
+          labels[row] = feature["label"].int64_list.value[0]
+          row += 1
+    except Exception as error:
+      raise DataError(
+        f"{file.filename} can't be read: {_first_line(error)} {_NOTHING_DELETED}"
+      ) from error
+  return Split(images, labels)
+
+
+def _decode(encoded, shape) -> np.ndarray:
+  height, width, channels = shape
+  with Image.open(io.BytesIO(encoded)) as image:
+    if channels in _PIL_MODES and image.mode != _PIL_MODES[channels]:
+      image = image.convert(_PIL_MODES[channels])
+    if image.size != (width, height):
+      image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(shape)
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+def num_batches(num_examples: int, batch_size: int) -> int:
+  """Batches that hold every example once; the last may be filled up."""
+  return -(-num_examples // batch_size)
+
+
+def batches(
+  split: Split, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+) -> Iterator[Batch]:
+  """Cuts a split in batches, every image exactly once.
+
+  Args:
+    split: what to cut.
+    batch_size: B, rows of each batch, over all devices.
+    seed: shuffles: the order is a function of (seed, epoch) alone. None: the order on disk.
+    epoch: which pass over the split this is.
+    start: the batch to begin with, to go on in the middle of an epoch.
+  Yields:
+    {"image": uint8 [B, H, W, C], "label": int32 [B], "mask": bool [B]}. The last batch is filled up
+    with rows whose mask is False.
+  """
+  order = np.arange(len(split))
+  if seed is not None:
+    # RandomState, as numpy has frozen its stream: a run may be resumed with a later numpy.
+    order = np.random.RandomState([seed, epoch]).permutation(len(split))
+  for first in range(start * batch_size, len(split), batch_size):
+    rows = order[first : first + batch_size]
+    mask = np.arange(batch_size) < len(rows)
+    rows = np.pad(rows, (0, batch_size - len(rows)))
+    yield {"image": split.images[rows], "label": split.labels[rows], "mask": mask}
+
+
+def prefetch(
+  iterator: Iterator[Batch], sharding: jax.sharding.Sharding, size: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+  """Puts batches on the mesh ahead of their use, at most `size` at a time; keeps their order.
+
+  Copies are asynchronous: while a step computes, the next batches are on their way.
+  """
+  ahead = collections.deque()
+  for batch in iterator:
+    ahead.append(jax.device_put(batch, sharding))
+    if len(ahead) > size:
+      yield ahead.popleft()
+  yield from ahead
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+def show(config: ConfigDict, output: str) -> None:
+  """Draws test images with their labels, and one as the model gets it: resized and cut in patches.
+
+  Args:
+    config: a whole configuration, with `model.image_size` and `model.patch_size` in pixels.
+    output: the PNG file to write.
+  Raises:
+    DataError: the dataset is out of reach or broken.
+    ValueError: the image size is no multiple of the patch size.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")  # no screen needed
+  from matplotlib import pyplot as plt
+
+  size, patch = config.model.image_size, config.model.patch_size
+  if size % patch:
+    raise ValueError(f"--config.model.image_size={size} is no multiple of patch_size={patch}")
+  data_config = resolve(config.data)
+  dataset = load(data_config, size, splits=("test",))
+  images, labels = dataset.test.images[:32], dataset.test.labels[:32]
+  resized = Image.fromarray(images[0].squeeze()).resize((size, size), Image.Resampling.BILINEAR)
+  names = [dataset.class_names[label].replace("_", " ") for label in labels]
+
+  figure = plt.figure(figsize=(15, 5.6), layout="constrained")
+  left, right = figure.subfigures(1, 2, width_ratios=(9, 6))
+  height, width, _ = images.shape[1:]
+  left.suptitle(f"{dataset.name}: test images, {height}x{width} pixels")
+  for axes, image, name in zip(left.subplots(4, 8).flat, images, names, strict=False):
+    axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+    axes.set_title(name, fontsize=8)
+  count = (size // patch) ** 2
+  right.suptitle(f"{names[0]}: resized to {size}x{size}, {count} patches of {patch}x{patch}")
+  axes = right.subplots()
+  axes.imshow(_cut_in_patches(np.asarray(resized), patch), cmap="gray", vmin=0, vmax=255)
+  for axes in figure.axes:
+    axes.axis("off")
+  figure.savefig(output, dpi=120)
+  plt.close(figure)
+
+
+def _cut_in_patches(image, patch):
+  """Moves the patches of an image [S, S, ...] apart by white gaps, a sixth of a patch wide."""
+  for axis in (0, 1):
+    image = np.repeat(image, 6, axis)  # so that a sixth of a patch is a whole number
+    cuts = range(6 * patch, image.shape[axis], 6 * patch)
+    image = np.insert(image, np.repeat(cuts, patch), 255, axis=axis)
+  return image
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog="python -m train.data", allow_abbrev=False)
+  commands = parser.add_subparsers(dest="command", required=True)
+  prepare = commands.add_parser("prepare", help="write a dataset to disk", allow_abbrev=False)
+  prepare.add_argument("--name", required=True, help='dataset of TFDS, or "shapes100"')
+  prepare.add_argument("--data_dir", default="", help="where to; default: $TFDS_DATA_DIR")
+  prepare.add_argument("--archive", default="", help="archive on disk, instead of a download")
+  samples = commands.add_parser("show", help="draw sample images and patches", allow_abbrev=False)
+  samples.add_argument("--config", required=True, help=flags.CONFIG_HELP)
+  samples.add_argument("--output", default="samples.png", help="PNG file to write")
+  return parser
+
+
+def main() -> None:
+  """Runs the command line; exit status 1: no usable dataset, 2: wrong flags."""
+  parser = _parser()
+  arguments, unknown = parser.parse_known_args()
+  try:
+    if arguments.command == "show":
+      arguments, config = flags.parse(parser)
+      show(config, arguments.output)
+      print(f"Wrote {arguments.output}")
+    elif unknown:
+      parser.error(f"unknown argument {unknown[0]!r}")
+    else:
+      folder = _prepared_builder(ConfigDict(vars(arguments))).data_path
+      print(f"{arguments.name} is prepared in {folder}")
+  except DataError as error:
+    # `prepare` has the same flags, without the prefix.
+    prefix = "--" if arguments.command == "prepare" else "--config.data."
+    flags.fail(str(error).replace("--config.data.", prefix), 1)
+  except (OSError, ValueError) as error:  # an output that can't be written, a wrong patch size
+    flags.fail(error, 2)
+
+
+if __name__ == "__main__":
+  main()

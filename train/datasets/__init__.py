@@ -1,0 +1,1 @@
+"""TFDS builders of our own: all of them prepare without TensorFlow."""

@@ -1,0 +1,64 @@
+"""TFDS's CIFAR-10 and CIFAR-100, prepared without TensorFlow.
+
+TFDS's own builders read files and encode PNGs with TensorFlow. These keep their name, version,
+features, URL and checksum, so what they write is read by TFDS as its own; the bytes are read with
+Python and encoded with Pillow.
+"""
+
+import tarfile
+
+import numpy as np
+from PIL import Image
+from tensorflow_datasets.core.download import checksums
+from tensorflow_datasets.image_classification import cifar
+
+_PIXELS = 3 * 32 * 32  # bytes of an image: a plane each of red, green and blue
+
+
+class _WithoutTensorFlow:
+  """Reads the binary archive: after the label bytes of an image come its pixels, plane by plane."""
+
+  archive = ""  # path of the archive on disk; "": TFDS downloads it and verifies its checksum
+
+  @property
+  def url_infos(self) -> dict[str, checksums.UrlInfo]:
+    """The archive's URL with the size and sha256 that TFDS has on record for it."""
+    url = self._cifar_info.url
+    return {url: checksums.get_all_url_infos()[url]}
+
+  def _split_generators(self, dl_manager):
+    layout = self._cifar_info
+    archive = self.archive or dl_manager.download(layout.url)
+    names = (*layout.train_files, *layout.test_files, *layout.label_files)
+    with tarfile.open(archive, "r:gz") as tar:
+      files = {name: tar.extractfile(layout.prefix + name).read() for name in names}
+    for key, name in zip(layout.label_keys, layout.label_files, strict=True):
+      self.info.features[key].names = files[name].decode().split()
+    return {
+      "train": self._generate_examples("train_", [files[name] for name in layout.train_files]),
+      "test": self._generate_examples("test_", [files[name] for name in layout.test_files]),
+    }
+
+  def _generate_examples(self, prefix, contents):
+    label_keys = self._cifar_info.label_keys
+    records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, len(label_keys) + _PIXELS)
+    for index, record in enumerate(records):
+      labels, pixels = np.split(record, [len(label_keys)])
+      image = Image.fromarray(pixels.reshape(3, 32, 32).transpose(1, 2, 0).copy())
+      yield (
+        index,
+        {
+          "id": f"{prefix}{index:05d}",
+          "image": image,  # TFDS has Pillow encode it as PNG
+          **dict(zip(label_keys, labels.tolist(), strict=True)),
+        },
+      )
+
+
+# Not registered with TFDS, which knows its own classes under these names.
+class Cifar10(_WithoutTensorFlow, cifar.Cifar10, skip_registration=True):
+  """CIFAR-10: 50,000 + 10,000 images of 32x32 in 10 classes."""
+
+
+class Cifar100(_WithoutTensorFlow, cifar.Cifar100, skip_registration=True):
+  """CIFAR-100: 50,000 + 10,000 images of 32x32 in 100 classes."""

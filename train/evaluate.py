@@ -1,0 +1,77 @@
+"""Evaluates the best checkpoint of a run.
+
+    python -m train.evaluate --workdir DIR [--split test]
+
+Prints one JSON object: split, images, loss, accuracy and top5, the last two as fractions.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from train import data, flags, mesh
+from train.state import Sums, Weights
+from train.step import eval_step
+
+
+def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> Callable:
+  """`step.eval_step`, compiled for a model and a mesh."""
+  return jax.jit(functools.partial(eval_step, model=model, microbatch=microbatch, mesh=mesh))
+
+
+def evaluate(
+  step: Callable,
+  weights: Weights,
+  split: data.Split,
+  batch_size: int,
+  on: Mesh,
+  after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+  """Loss, accuracy and top5 (fractions) over a split, every image counted once.
+
+  Args:
+    step: as `make_eval_step` gives it.
+    after_batch: called after each batch; what it raises ends the evaluation.
+  """
+  total = Sums.zero()
+  for batch in data.prefetch(data.batches(split, batch_size), mesh.by_example(on)):
+    sums = step(weights.params, weights.mean, weights.variance, batch)
+    total = jax.tree.map(jnp.add, total, sums)
+    after_batch()
+  return total.means()
+
+
+def main() -> None:
+  """Exit status: 0 done, 1 no usable run or dataset, 2 wrong flags."""
+  parser = argparse.ArgumentParser(prog="python -m train.evaluate", allow_abbrev=False)
+  parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+  parser.add_argument("--split", default="test", choices=data.SPLITS)
+  parser.add_argument("--data_dir", help="of the dataset, if it has moved since training")
+  arguments = parser.parse_args()
+  try:
+    from train import checkpoint, workdir  # late: all that is imported costs seconds
+
+    config = workdir.read_config(arguments.workdir)
+    mesh.use_every_core(config.batch_size)
+    devices = mesh.make_mesh()
+    trained = checkpoint.load_trained_model(arguments.workdir, devices)
+    if arguments.data_dir:
+      config.data.data_dir = arguments.data_dir
+    dataset = data.load(config.data, config.model.image_size, splits=(arguments.split,))
+  except (data.DataError, ValueError) as error:
+    flags.fail(error, 1)
+  split = getattr(dataset, arguments.split)
+  step = make_eval_step(trained.model, mesh.microbatch_size(config, devices), devices)
+  metrics = evaluate(step, trained.weights, split, config.batch_size, devices)
+  print(json.dumps({"split": arguments.split, "images": len(split), **metrics}))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,73 @@
+"""`--config configs/MODEL.py[:VARIANT] [--config.KEY=VALUE ...]` from a command line."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+CONFIG_HELP = "config file, as in configs/mixer.py or configs/mixer.py:smoke"
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDict]:
+  """Parses sys.argv, or exits with status 2 and one line that says what is wrong.
+
+  Args:
+    parser: of the flags; `--config` is among them, `--config.KEY=VALUE` need not be.
+  Returns:
+    The parsed flags, and the config of `--config` with the overrides applied.
+  """
+  arguments, overrides = parser.parse_known_args()
+  try:
+    return arguments, _read_config(arguments.config, overrides)
+  except ValueError as error:
+    fail(error, 2)
+
+
+def fail(error: object, status: int) -> NoReturn:
+  """Ends the program with a message on stderr and this exit status."""
+  print(f"error: {error}", file=sys.stderr, flush=True)
+  sys.exit(status)
+
+
+def _read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+  if not os.path.exists(path.split(":")[0]):
+    raise ValueError(f"--config {path}: no such file")
+  default = _parse_config(path, [])
+  keys = _keys(default)
+  for flag in overrides:
+    key = flag.removeprefix("--config.").split("=")[0]
+    if flag.startswith("--config.") and key not in keys:
+      nearest = difflib.get_close_matches(key, keys, n=1)
+      hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(keys)}"
+      raise ValueError(f"config has no key {key!r}: {hint}")
+    if flag.startswith("-") and not flag.startswith("--config."):
+      raise ValueError(f"unknown flag {flag}: a config's knobs are --config.KEY=VALUE")
+  return _parse_config(path, overrides)
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+  """All knobs of a config, dotted."""
+  keys = []
+  for key in config:
+    value = config[key]
+    keys += _keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
+  return keys
+
+
+def _parse_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+  values = flags.FlagValues()
+  argv = [sys.argv[0], f"--config={path}", *overrides]
+  holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  try:
+    rest = values(argv)[1:]
+  except flags.Error as error:
+    # A failing config file comes with a whole traceback; its last line is the error.
+    raise ValueError(str(error).strip().splitlines()[-1].strip()) from error
+  if rest:
+    raise ValueError(f"unknown argument {rest[0]!r}")
+  return holder.value.copy_and_resolve_references()

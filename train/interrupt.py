@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM as a request to stop at the next step, so that nothing is lost."""
+
+import signal
+
+
+class Interrupted(Exception):
+  """A signal has asked the run to stop."""
+
+  def __init__(self, signum: int):
+    super().__init__(signal.Signals(signum).name)
+    self.exit_status = 128 + signum  # as a shell reports a process that the signal ended
+
+
+class StopRequest:
+  """Within this context SIGINT and SIGTERM only set a flag; a second one ends the process at once.
+
+  A flag, and not a question asked between training steps: a signal that arrives while the program
+  compiles, evaluates or saves is not missed.
+  """
+
+  def __init__(self):
+    self._signum = None
+    self._previous = {}
+
+  def __enter__(self) -> "StopRequest":
+    for signum in (signal.SIGINT, signal.SIGTERM):
+      self._previous[signum] = signal.signal(signum, self._request)
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._restore_handlers()
+
+  def check(self) -> None:
+    """Raises Interrupted if a signal has arrived since."""
+    if self._signum is not None:
+      raise Interrupted(self._signum)
+
+  def _request(self, signum: int, frame) -> None:
+    del frame
+    self._signum = signum
+    self._restore_handlers()
+
+  def _restore_handlers(self) -> None:
+    for signum, handler in self._previous.items():
+      signal.signal(signum, handler)

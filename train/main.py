@@ -1,0 +1,60 @@
+"""Trains a model:
+
+python -m train.main --config configs/MODEL.py [--workdir DIR] [--config.KEY=VALUE ...]
+"""
+
+import argparse
+import logging
+import os
+import time
+from pathlib import Path
+
+import jax
+
+from train import check, flags, mesh
+from train.data import DataError
+from train.interrupt import Interrupted
+
+_OUT_OF_MEMORY = """out of memory. Three knobs help:
+  --config.microbatch=N            compute fewer images at a time (the result is the same)
+  --config.batch_size=N            fewer images a step
+  --config.model.KEY=VALUE         a smaller model, or larger patches"""
+
+
+def main() -> None:
+  """Exit status: 0 finished, 1 failed, 2 wrong flags, 130 or 143 interrupted (Ctrl-C, SIGTERM)."""
+  parser = argparse.ArgumentParser(prog="python -m train.main", allow_abbrev=False)
+  parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
+  parser.add_argument(
+    "--workdir", type=Path, help="where results land; runs/MODEL-TIME if not given"
+  )
+  arguments, config = flags.parse(parser)
+  logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports each checkpoint
+  try:
+    check.check_config(config)
+    mesh.use_every_core(config.batch_size)
+    from train import loop  # late: all that is imported costs seconds, a wrong flag none
+
+    folder = arguments.workdir or Path(f"runs/{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    summary = loop.train_and_evaluate(config, folder)
+  except Interrupted as interruption:
+    again = f"the same command with --workdir {folder} goes on from there"
+    flags.fail(f"stopped by {interruption}; {again}", interruption.exit_status)
+  except check.ConfigError as error:
+    flags.fail(error, 2)
+  except (DataError, ValueError, loop.TrainingFailed) as error:
+    flags.fail(error, 1)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    flags.fail(_OUT_OF_MEMORY, 1)
+  print(
+    f"test        loss {summary['test_loss']:.3f}, top-1 {summary['test_accuracy']:.2%}, "
+    f"top-5 {summary['test_top5']:.2%}, with the weights of epoch {summary['best_epoch']}\n"
+    f"curves      {os.path.join(folder, 'curves.png')}\n"
+    f"numbers     {os.path.join(folder, 'metrics.jsonl')}, {os.path.join(folder, 'summary.json')}"
+  )
+
+
+if __name__ == "__main__":
+  main()

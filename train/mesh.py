@@ -1,0 +1,64 @@
+"""Devices -> mesh, and how arrays lie on it."""
+
+import os
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA = "data"  # the mesh axis over which the batch is cut
+
+
+def use_every_core(batch_size: int) -> None:
+  """Makes each CPU core a JAX device, so that one step runs on all of them.
+
+  XLA's own threads share one batch poorly between cores; as devices of their own, the cores work
+  through small microbatches that stay in their caches. Has no effect where JAX finds an accelerator,
+  or where the user has set the number of CPU devices. To be called before JAX starts its backend.
+
+  Args:
+    batch_size: of the run; the largest number of cores that divides it is taken.
+  """
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  if "JAX_NUM_CPU_DEVICES" in os.environ:
+    return
+  cores = range(len(os.sched_getaffinity(0)), 0, -1)
+  jax.config.update("jax_num_cpu_devices", next(n for n in cores if batch_size % n == 0))
+
+
+def make_mesh() -> Mesh:
+  """A mesh of one axis, "data", over all devices; one device is a mesh of one."""
+  return jax.make_mesh((jax.device_count(),), (DATA,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of arrays of which each device holds a copy: the train state."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def by_example(mesh: Mesh) -> NamedSharding:
+  """The sharding of arrays whose first axis is the batch: each device holds its rows."""
+  return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def microbatch_size(config, mesh: Mesh) -> int:
+  """Images that each device computes at a time, from `config.microbatch` or the device's kind.
+
+  Raises:
+    ValueError: the batch does not divide by the devices, or a device's share by the microbatch.
+  """
+  share, rest = divmod(config.batch_size, mesh.size)
+  if rest:
+    raise ValueError(
+      f"batch_size={config.batch_size} does not divide by {mesh.size} devices: choose a multiple"
+    )
+  if config.microbatch:
+    if share % config.microbatch:
+      raise ValueError(
+        f"microbatch={config.microbatch} does not divide a device's {share} images "
+        f"(batch_size={config.batch_size} over {mesh.size} devices): choose a divisor of {share}"
+      )
+    return config.microbatch
+  if mesh.devices.flat[0].platform != "cpu":
+    return share
+  return next(n for n in range(min(share, config.cpu_microbatch), 0, -1) if share % n == 0)

@@ -1,0 +1,310 @@
+"""What a run writes while it goes: numbers, curves and progress.
+
+In the workdir: `metrics.jsonl` (a line an epoch), `summary.json` (once, at the end), `curves.png`
+and TensorBoard events in `tensorboard/`. On the terminal: a progress bar and two lines an epoch.
+Of several processes only the first writes; the others make the same calls, to no effect.
+Epochs count from 1.
+"""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+EPOCH_KEYS = (
+  "epoch",
+  "step",
+  "train_loss",
+  "train_accuracy",
+  "train_top5",
+  "val_loss",
+  "val_accuracy",
+  "val_top5",
+  "learning_rate",
+  "images_per_second",
+  "seconds",
+)
+SUMMARY_KEYS = (
+  "test_loss",
+  "test_accuracy",
+  "test_top5",
+  "best_epoch",
+  "epochs",
+  "parameters",
+  "stopped_early",
+  "seconds",
+)
+_SECONDS_BETWEEN_CURVES = 30.0  # drawing takes about half a second: too much for short epochs
+_SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+
+
+class Writer:
+  """Writes a run's numbers to its workdir. Use it as a context manager.
+
+  What an earlier, interrupted run wrote of epochs that its checkpoint does not hold is removed,
+  as these epochs are run again.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, resume_epoch: int = 0, title: str = ""):
+    """
+    Args:
+      workdir: where to write; made if missing.
+      resume_epoch: how many epochs the restored checkpoint has completed; 0 for a new run.
+      title: of the curves, such as "mixer on cifar100".
+    """
+    self._workdir = pathlib.Path(workdir)
+    self._title = title
+    self._active = jax.process_index() == 0
+    if not self._active:
+      return
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    self._metrics = self._workdir / "metrics.jsonl"
+    self._rows = [row for row in read(self._workdir) if row["epoch"] <= resume_epoch]
+    _write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+    last_step = self._rows[-1]["step"] if self._rows else -1
+    self._tensorboard = SummaryWriter(
+      str(self._workdir / "tensorboard"),
+      purge_step=last_step + 1,  # TensorBoard hides what an interrupted run wrote from there on
+      filename_suffix=f".from_epoch_{resume_epoch}",
+    )
+    self._drawn_at = -math.inf
+    self._drawn_rows = 0
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    if self._active:
+      self._draw()
+      self._tensorboard.close()
+
+  def epoch(self, row: Mapping[str, Any]) -> None:
+    """Appends one epoch.
+
+    Args:
+      row: EPOCH_KEYS -> number; accuracies are fractions, `step` counts steps done since the
+        beginning of the run, `seconds` is the time the epoch took. A number that is not finite
+        is written as null.
+    Raises:
+      ValueError: a key is missing or unknown.
+    """
+    row = _to_json(row, EPOCH_KEYS)
+    if not self._active:
+      return
+    self._rows.append(row)
+    with self._metrics.open("a") as file:
+      file.write(json.dumps(row) + "\n")
+    for key in EPOCH_KEYS[2:]:
+      self._add_scalar(key, row[key], row["step"])
+    self._tensorboard.flush()
+    if time.monotonic() - self._drawn_at > _SECONDS_BETWEEN_CURVES:
+      self._draw()
+
+  def summary(self, summary: Mapping[str, Any]) -> None:
+    """Writes the run's result.
+
+    Args:
+      summary: SUMMARY_KEYS -> number or bool.
+    Raises:
+      ValueError: a key is missing or unknown.
+    """
+    summary = _to_json(summary, SUMMARY_KEYS)
+    if not self._active:
+      return
+    _write_atomically(self._workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    step = self._rows[-1]["step"] if self._rows else 0
+    for key in ("test_loss", "test_accuracy", "test_top5"):
+      self._add_scalar(key, summary[key], step)
+
+  def _add_scalar(self, key: str, value: float | None, step: int) -> None:
+    split, _, name = key.partition("_")
+    tag = f"{split}/{name}" if split in ("train", "val", "test") else key
+    if value is not None:
+      self._tensorboard.add_scalar(tag, value, step)
+
+  def _draw(self) -> None:
+    if len(self._rows) > self._drawn_rows:
+      draw_curves(self._rows, self._workdir / "curves.png", self._title)
+      self._drawn_at, self._drawn_rows = time.monotonic(), len(self._rows)
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """The epochs in a workdir's metrics.jsonl, in order; [] without the file.
+
+  A last line that was cut off by a kill is left out.
+  """
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  if not path.exists():
+    return []
+  # Only a line that ends is whole.
+  return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def read_summary(workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """What a finished run's summary.json holds; None if the run is not finished."""
+  path = pathlib.Path(workdir) / "summary.json"
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def draw_curves(rows: list[dict[str, Any]], path: str | os.PathLike, title: str = "") -> None:
+  """Draws loss, accuracies and learning rate over the epochs to a PNG.
+
+  Args:
+    rows: epochs, as `read` returns them.
+    path: of the PNG, replaced as a whole.
+    title: above the panels.
+  """
+  column = {key: np.array([row[key] for row in rows], float) for key in EPOCH_KEYS}  # None -> nan
+  epochs = column["epoch"]
+  figure = Figure(figsize=(12, 3.8), dpi=120, layout="constrained")
+  FigureCanvasAgg(figure)
+  loss, accuracy, learning_rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+  marker = dict(marker="o", markersize=3.5) if len(rows) <= 30 else {}
+
+  def plot(axes: Axes, key: str, label: str, **style) -> None:
+    axes.plot(epochs, column[key], label=label, linewidth=1.8, **marker, **style)
+
+  for split, name, color in (("train", "train", "tab:blue"), ("val", "validation", "tab:orange")):
+    plot(loss, f"{split}_loss", name, color=color)
+    column[f"{split}_top5"] *= 100
+    column[f"{split}_accuracy"] *= 100
+    plot(accuracy, f"{split}_top5", f"{name}, top-5", color=color)
+    plot(accuracy, f"{split}_accuracy", f"{name}, top-1", color=color, linestyle="--")
+  plot(learning_rate, "learning_rate", "", color="tab:green", drawstyle="steps-post")
+
+  loss.set_title("Loss")
+  accuracy.set_title("Accuracy (%)")
+  accuracy.set_ylim(bottom=0)
+  learning_rate.set_title("Learning rate")
+  rates = np.unique(column["learning_rate"])
+  if rates.size > 1:
+    learning_rate.set_yscale("log")
+    learning_rate.minorticks_off()
+  else:
+    learning_rate.set_ylim(0, 2 * rates[0] or 1)
+  ticks = rates[:: math.ceil(rates.size / 8)]
+  learning_rate.set_yticks(ticks, [f"{rate:.1e}" for rate in ticks])
+  for axes in (loss, accuracy):
+    axes.legend(frameon=False, fontsize=9)
+  for axes in (loss, accuracy, learning_rate):
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+  figure.suptitle(title, fontweight="bold")
+
+  partial = pathlib.Path(path).with_name(pathlib.Path(path).name + ".partial")
+  figure.savefig(partial, format="png")
+  os.replace(partial, path)
+
+
+def format_epoch(row: Mapping[str, Any], epochs: int) -> str:
+  """Two lines of at most 80 columns for the terminal; `row` as `Writer.epoch` takes it."""
+  head = f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}"
+
+  def numbers(split: str) -> str:
+    top1, top5 = 100 * row[f"{split}_accuracy"], 100 * row[f"{split}_top5"]
+    return f"{split:5} loss {row[f'{split}_loss']:.3f}  top-1 {top1:4.1f} %  top-5 {top5:4.1f} %"
+
+  speed = f"{row['images_per_second']:.0f} images/s"
+  return (
+    f"{head}  {numbers('train')}  lr {row['learning_rate']:.1e}\n"
+    f"{' ' * len(head)}  {numbers('val')}  {speed}"
+  )
+
+
+class Progress:
+  """Images per second and time left: a bar on a terminal, now and then a line elsewhere.
+
+  Use it as a context manager. `description` may be changed at any time.
+  """
+
+  def __init__(self, total_steps: int, initial: int, batch_size: int, description: str = ""):
+    """
+    Args:
+      total_steps: of the whole run, or of whatever the bar stands for.
+      initial: steps already done by an earlier run.
+      batch_size: images a step, of all devices together.
+      description: what is going on, such as "epoch 3/50".
+    """
+    self.description = description
+    self._total, self._done, self._batch_size = total_steps, initial, batch_size
+    self._active = jax.process_index() == 0
+    self._last_line = (time.monotonic(), initial)
+    self._bar = tqdm(
+      desc=description,
+      total=total_steps * batch_size,
+      initial=initial * batch_size,
+      ncols=min(80, shutil.get_terminal_size().columns) - 1,
+      nrows=20,  # or tqdm hides the bar on terminals that do not tell their height
+      bar_format="{desc} {percentage:3.0f} % |{bar}| {rate_noinv_fmt}, {remaining} left",
+      unit=" images",
+      mininterval=0.5,
+      leave=False,
+      disable=not (self._active and sys.stderr.isatty()),
+    )
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._bar.close()
+
+  def update(self, steps: int = 1) -> None:
+    """Counts steps that are done."""
+    self._done += steps
+    if not self._bar.disable:
+      self._bar.set_description_str(self.description, refresh=False)
+      self._bar.update(steps * self._batch_size)
+    elif self._active:
+      self._print_line()
+
+  def write(self, text: str) -> None:
+    """Prints to stdout without disturbing the bar."""
+    if self._active:
+      tqdm.write(text, file=sys.stdout)
+      sys.stdout.flush()
+
+  def _print_line(self) -> None:
+    now = time.monotonic()
+    last, last_done = self._last_line
+    if now - last < _SECONDS_BETWEEN_LINES:
+      return
+    rate = (self._done - last_done) / (now - last)
+    left = tqdm.format_interval((self._total - self._done) / rate)
+    line = f"{self.description}  step {self._done}/{self._total}"
+    line += f"  {rate * self._batch_size:.0f} images/s, {left} left"
+    print(line, file=sys.stderr, flush=True)
+    self._last_line = (now, self._done)
+
+
+def _to_json(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+  if set(values) != set(keys):
+    missing, unknown = sorted(set(keys) - set(values)), sorted(set(values) - set(keys))
+    raise ValueError(f"metrics: missing keys {missing}, unknown keys {unknown}")
+  items = {key: np.asarray(values[key]).item() for key in keys}
+  # JSON has no NaN and no infinity.
+  return {
+    key: None if isinstance(value, float) and not math.isfinite(value) else value
+    for key, value in items.items()
+  }
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text(text)
+  os.replace(partial, path)

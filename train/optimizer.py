@@ -1,0 +1,106 @@
+"""AdamW, the plateau that lowers its learning rate, the best epoch so far and early stopping.
+
+The semantics are those of Keras 3 (AdamW, ReduceLROnPlateau, EarlyStopping); the arithmetic is
+optax's. All state is arrays, so that a checkpoint holds it.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import ReduceLROnPlateauState
+
+Array = jax.Array
+Mode = Literal["min", "max"]
+BEST: dict[str, Mode] = {"val_loss": "min", "val_accuracy": "max"}  # metrics to choose weights by
+
+
+def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
+  """AdamW over all parameters, as Keras has it: biases and norms decay too.
+
+  Args:
+    config: learning_rate, weight_decay, independent_weight_decay, b1, b2, epsilon. The decay is
+      multiplied by the learning rate (Keras 3, optax: param -= learning_rate * weight_decay *
+      param), or with `independent_weight_decay` taken as it is (TensorFlow Addons: param -=
+      weight_decay * param), whatever the plateau does.
+  Returns:
+    A transformation whose `update(grads, state, params, learning_rate_scale=scale)` multiplies the
+    learning rate by the plateau's scale (float or float32 []) in that step.
+  Follows Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2.
+  """
+  adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
+  learning_rate = _scale_by_learning_rate(config.learning_rate)
+  if config.independent_weight_decay:
+    return optax.chain(adam, learning_rate, optax.add_decayed_weights(-config.weight_decay))
+  return optax.chain(adam, optax.add_decayed_weights(config.weight_decay), learning_rate)
+
+
+def _scale_by_learning_rate(learning_rate: float) -> optax.GradientTransformationExtraArgs:
+  def update(updates, state, params=None, *, learning_rate_scale, **extra_args):
+    del params, extra_args
+    step_size = -learning_rate * learning_rate_scale
+    return jax.tree.map(lambda u: step_size * u, updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def make_plateau(config) -> optax.GradientTransformationExtraArgs:
+  """Keras' ReduceLROnPlateau without cooldown; its state's `scale` multiplies the learning rate.
+
+  Args:
+    config: `factor` (1.0 for no plateau: the scale stays 1), `patience` in epochs, `min_delta`,
+      by how much the loss must fall below the best one to count as better, absolute.
+  Returns:
+    A transformation; `init(params)` makes its state and `end_of_epoch` moves it on.
+  Raises:
+    ValueError: factor is not in (0, 1], or min_delta is not positive.
+  """
+  patience, factor = config.patience, config.factor
+  if factor == 1.0:  # optax refuses a factor of 1; the state stays the same for all configs
+    patience, factor = jnp.iinfo(jnp.int32).max, 0.5
+  return optax.contrib.reduce_on_plateau(
+    factor=factor, patience=patience, rtol=0.0, atol=config.min_delta
+  )
+
+
+def end_of_epoch(
+  plateau: optax.GradientTransformationExtraArgs, state: ReduceLROnPlateauState, val_loss: Any
+) -> ReduceLROnPlateauState:
+  """The plateau's state after an epoch with this validation loss (float or float32 [])."""
+  _, state = plateau.update({}, state, value=jnp.asarray(val_loss, jnp.float32))
+  return state
+
+
+class Best(NamedTuple):
+  """The best value of the watched metric, and its epoch.
+
+  value: float32 [], infinitely bad before the first epoch.
+  epoch: int32 [], counted from 1; 0 while no epoch has been the best.
+  """
+
+  value: Array
+  epoch: Array
+
+
+def init_best(mode: Mode) -> Best:
+  """Before the first epoch. mode: "min" for a loss, "max" for an accuracy."""
+  return Best(jnp.float32(jnp.inf if mode == "min" else -jnp.inf), jnp.int32(0))
+
+
+def update_best(best: Best, value: Any, epoch: Any, mode: Mode) -> Best:
+  """`best` after `epoch` (from 1) ended with `value`. A tie or a NaN is no improvement."""
+  value = jnp.asarray(value, jnp.float32)
+  improved = value < best.value if mode == "min" else value > best.value
+  return Best(
+    jnp.where(improved, value, best.value),
+    jnp.where(improved, jnp.int32(epoch), best.epoch),
+  )
+
+
+def should_stop(best: Best, epoch: int, patience: int | None) -> bool:
+  """Whether `epoch` was the `patience`th in a row without improvement; never if patience is 0.
+
+  Follows Keras' EarlyStopping with min_delta 0.
+  """
+  return bool(patience) and epoch - int(best.epoch) >= patience

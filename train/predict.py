@@ -1,0 +1,100 @@
+"""Classifies images with the best checkpoint of a run.
+
+    python -m train.predict --workdir DIR IMAGE... [--json]
+
+Prints the five likeliest classes of each image. An image that can't be read is reported on stderr,
+the others are still answered, and the exit status is 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from train import augment, data, flags, mesh
+from train.checkpoint import TrainedModel, load_trained_model
+
+TOP = 5
+
+
+def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
+  """Class probabilities.
+
+  Args:
+    trained: as `checkpoint.load_trained_model` gives it.
+    images: uint8 [B, H, W, C], sized as the dataset's images are.
+  Returns:
+    float32 [B, num_classes].
+  """
+  model, weights = trained.model, trained.weights
+
+  @jax.jit
+  def probabilities(weights, images):
+    x = augment.preprocess(
+      images, mean=weights.mean, variance=weights.variance, image_size=model.image_size
+    )
+    return jax.nn.softmax(model.apply({"params": weights.params}, x))
+
+  return np.asarray(probabilities(weights, images))
+
+
+def read_image(path: str, shape: Sequence[int]) -> np.ndarray:
+  """Any image that Pillow reads -> uint8 of this shape [H, W, C], resized with antialiasing.
+
+  Raises:
+    OSError, ValueError: the file is missing, or no image.
+  """
+  height, width, channels = shape
+  with Image.open(path) as image:
+    image = image.convert(data.PIL_MODES[channels])
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(shape)
+
+
+def main() -> None:
+  """Exit status: 0 all images answered, 1 some were not, or no usable run, 2 wrong flags."""
+  parser = argparse.ArgumentParser(prog="python -m train.predict", allow_abbrev=False)
+  parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+  parser.add_argument("images", nargs="+", metavar="IMAGE", help="any file that Pillow reads")
+  parser.add_argument("--json", action="store_true", help="one JSON object an image and line")
+  arguments = parser.parse_args()
+  try:
+    trained = load_trained_model(arguments.workdir, mesh.make_mesh())
+  except ValueError as error:
+    flags.fail(error, 1)
+
+  size = trained.config.model.image_size
+  height, width, channels = trained.info.image_shape
+  read = {}
+  for path in arguments.images:
+    try:
+      read[path] = read_image(path, (height or size, width or size, channels))
+    except (OSError, ValueError) as error:
+      print(f"{path}: {error}", file=sys.stderr)
+  if read:
+    answers = predict(trained, np.stack(list(read.values())))
+    for path, probabilities in zip(read, answers, strict=True):
+      top = np.argsort(-probabilities)[:TOP]
+      classes = [(trained.info.class_names[i], float(probabilities[i])) for i in top]
+      _print_answer(path, classes, arguments.json)
+  if len(read) < len(set(arguments.images)):
+    sys.exit(1)
+
+
+def _print_answer(path: str, classes: list[tuple[str, float]], as_json: bool) -> None:
+  if as_json:
+    top = [{"class": name, "probability": probability} for name, probability in classes]
+    print(json.dumps({"image": path, "top5": top}))
+    return
+  print(path)
+  for name, probability in classes:
+    print(f"  {probability:6.1%}  {name}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,155 @@
+"""One step of training and one of evaluation, as pure functions over a mesh.
+
+The batch is cut over the mesh's devices, and each device's share into microbatches that it works
+through one after the other. What is summed over examples (gradients, loss, hits) is summed on the
+device first and over the devices once a step.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, PartitionSpec
+
+from train import augment
+from train.mesh import DATA
+from train.state import Sums, TrainState
+
+Array = jax.Array
+Batch = dict[str, Array]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: nn.Module,
+  optimizer: optax.GradientTransformationExtraArgs,
+  augmentation: dict,
+  microbatch: int,
+  mesh: Mesh,
+) -> tuple[TrainState, Sums]:
+  """Augments, computes gradients of the mean cross-entropy, and updates the weights once.
+
+  Every random draw follows from (seed, step, position in the global batch): neither the number of
+  devices nor the microbatch changes which crop or mask an image gets.
+
+  Args:
+    batch: of the whole mesh; examples with mask False count for nothing.
+    augmentation: flip, zoom and rotation of `augment.augment`.
+    microbatch: images that a device computes at a time; divides its share of the batch.
+  Returns:
+    The next state, and the sums over this batch, taken before the update.
+  """
+  key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+  augment_key, dropout_key = jax.random.split(key)
+
+  def gradients(params, examples: Batch, positions: Array):
+    images = augment.augment(
+      examples["image"],
+      augment_key,
+      positions,
+      mean=state.mean,
+      variance=state.variance,
+      image_size=model.image_size,
+      **augmentation,
+    )
+
+    def loss(params):
+      logits = model.apply(
+        {"params": params},
+        images,
+        train=True,
+        positions=positions,
+        rngs={"dropout": dropout_key},
+      )
+      sums = sum_metrics(logits, examples["label"], examples["mask"])
+      return sums.loss, sums
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  grads, sums = _sum_over_batch(gradients, state.params, batch, microbatch, mesh)
+  grads = jax.tree.map(lambda g: g / sums.count, grads)
+  updates, opt_state = optimizer.update(
+    grads, state.opt_state, state.params, learning_rate_scale=state.plateau.scale
+  )
+  state = state.replace(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+    sums=jax.tree.map(jnp.add, state.sums, sums),
+  )
+  return state, sums
+
+
+def eval_step(
+  params: dict,
+  mean: Array,
+  variance: Array,
+  batch: Batch,
+  *,
+  model: nn.Module,
+  microbatch: int,
+  mesh: Mesh,
+) -> Sums:
+  """Sums of loss and hits over the examples of `batch` whose mask is True, without augmentation."""
+
+  def evaluate(params, examples: Batch, positions: Array):
+    del positions
+    images = augment.preprocess(
+      examples["image"], mean=mean, variance=variance, image_size=model.image_size
+    )
+    logits = model.apply({"params": params}, images)
+    return sum_metrics(logits, examples["label"], examples["mask"])
+
+  return _sum_over_batch(evaluate, params, batch, microbatch, mesh)
+
+
+def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
+  """Cross-entropy and top-1 and top-5 hits, summed.
+
+  Args:
+    logits: float32 [B, C].
+    labels: int32 [B].
+    mask: bool [B]; an example whose mask is False counts for nothing.
+  """
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
+  better = (~(logits <= label_logits)).sum(axis=1)  # a NaN is better than the label: no hit
+  total = functools.partial(jnp.sum, where=mask, dtype=jnp.float32)
+  return Sums(total(losses), total(better < 1), total(better < 5), total(mask))
+
+
+def _sum_over_batch(function: Callable, params: dict, batch: Batch, microbatch: int, mesh: Mesh):
+  """Sums `function(params, examples, positions)` over microbatches, then once over the devices."""
+
+  def on_each_device(params, batch):
+    # Without this the gradient of the replicated params would be summed over the devices in every
+    # microbatch; as a value that each device has for itself, it is summed where we say so.
+    params = jax.lax.pcast(params, DATA, to="varying")
+    share = len(batch["label"])
+    positions = jax.lax.axis_index(DATA) * share + jnp.arange(share)
+    parts = jax.tree.map(
+      lambda x: x.reshape(share // microbatch, microbatch, *x.shape[1:]), (batch, positions)
+    )
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, function(params, *part)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(
+      lambda x: jax.lax.pcast(jnp.zeros(x.shape, x.dtype), DATA, to="varying"),
+      jax.eval_shape(function, params, *first),
+    )
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.lax.psum(total, DATA)
+
+  return jax.shard_map(
+    on_each_device,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec(DATA)),
+    out_specs=PartitionSpec(),
+  )(params, batch)
