@@ -61,9 +61,10 @@ def _suggest(word: str, known: Sequence[str]) -> str:
 def _checked(field: str, value: Any, default: Any) -> Any:
   """The value in the form that the module takes."""
   if field == "dtype":
-    if str(jnp.dtype(value)) not in ("float32", "bfloat16"):
-      raise ValueError(f"dtype is {value!r}, it must be float32 or bfloat16")
-    return jnp.dtype(value)
+    for dtype in (jnp.float32, jnp.bfloat16):
+      if value in (dtype, jnp.dtype(dtype), dtype.__name__):
+        return dtype
+    raise ValueError(f"dtype is {value!r}, it must be float32 or bfloat16")
   if field.endswith("_rate"):
     if not 0 <= value < 1:
       raise ValueError(f"{field} is {value!r}, it must be at least 0 and less than 1")

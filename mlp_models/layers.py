@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 
 # Initial values and constants are those of Keras, where the reference numbers come from.
 Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
-# E[x^2] - E[x]^2 loses no digits that matter here (the golden gradients agree within 1e-5), and with
-# the two-pass variance XLA repeats the backward pass in each of its consumers on a CPU: a gradient
-# of 16 images took MLP-Mixer 157 ms instead of 100 (one busy core, lower quartile).
+# E[x^2] - E[x]^2 loses no digits that matter here: the golden gradients agree within 1e-5. With the
+# two-pass variance XLA repeats the backward pass in each of its consumers on a CPU: the gradient of
+# 16 images took MLP-Mixer 157 ms instead of 100 (one busy core, lower quartile).
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=True)
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 

@@ -1,13 +1,17 @@
 """What several tests need: the prepared CIFAR-100 and the images of the golden files."""
 
 import hashlib
+import importlib
 import io
 import os
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+
+jax.config.update("jax_num_cpu_devices", 8)  # simulated; before anything starts JAX's backend
 
 TESTS = pathlib.Path(__file__).parent
 GOLDEN = TESTS / "golden"
@@ -21,12 +25,13 @@ def cifar100_dir() -> pathlib.Path:
   for directory in candidates:
     if (directory / "cifar100" / "3.0.2").is_dir():
       return directory
-  pytest.skip("CIFAR-100 is not prepared: set TFDS_DATA_DIR to where it is")
+  missing = pytest.fail if "REQUIRE_CIFAR100" in os.environ else pytest.skip
+  missing("CIFAR-100 is not prepared: set TFDS_DATA_DIR to where it is")
 
 
 @pytest.fixture(scope="session")
 def golden_images() -> dict[str, np.ndarray]:
-  """The CIFAR-100 images that the golden files were computed on, uint8, by SHA-256 of their bytes."""
+  """The CIFAR-100 images of the golden files, uint8 [32, 32, 3], by SHA-256 of their bytes."""
   import tensorflow_datasets as tfds  # seconds, and most tests need it not
 
   expected = {}  # SHA-256 -> row
@@ -46,3 +51,21 @@ def golden_images() -> dict[str, np.ndarray]:
     if digest in expected:
       images[digest] = image
   pytest.fail(f"CIFAR-100 lacks the golden images {sorted(expected.keys() - images.keys())}")
+
+
+def smoke_config(name: str = "mixer", **overrides):
+  """The smoke variant of configs/NAME.py on real CIFAR-100; overrides have dots as `__`."""
+  config = importlib.import_module(f"configs.{name}").get_config("smoke")
+  config.data.data_dir = str(cifar100_dir())
+  config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+  return config
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> pathlib.Path:
+  """The workdir of a finished smoke run of MLP-Mixer on real CIFAR-100."""
+  from train.loop import train_and_evaluate
+
+  folder = tmp_path_factory.mktemp("runs") / "mixer"
+  train_and_evaluate(smoke_config(epochs=3), folder)
+  return folder

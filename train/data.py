@@ -38,7 +38,7 @@ _NOTHING_DELETED = (
   "with --config.data.data_dir."
 )
 _CHUNK = 4096  # records read at a time
-_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
 class DataError(Exception):
@@ -370,8 +370,8 @@ def _read(builder, instruction, shape) -> Split:
 def _decode(encoded, shape) -> np.ndarray:
   height, width, channels = shape
   with Image.open(io.BytesIO(encoded)) as image:
-    if channels in _PIL_MODES and image.mode != _PIL_MODES[channels]:
-      image = image.convert(_PIL_MODES[channels])
+    if channels in PIL_MODES and image.mode != PIL_MODES[channels]:
+      image = image.convert(PIL_MODES[channels])
     if image.size != (width, height):
       image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(shape)

@@ -55,6 +55,7 @@ def main() -> None:
   parser.add_argument("--split", default="test", choices=data.SPLITS)
   parser.add_argument("--data_dir", help="of the dataset, if it has moved since training")
   arguments = parser.parse_args()
+  flags.quiet_libraries()
   try:
     from train import checkpoint, workdir  # late: all that is imported costs seconds
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 CONFIG_HELP = "config file, as in configs/mixer.py or configs/mixer.py:smoke"
@@ -26,6 +26,11 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDi
     return arguments, _read_config(arguments.config, overrides)
   except ValueError as error:
     fail(error, 2)
+
+
+def quiet_libraries() -> None:
+  """Silences what orbax and TFDS log of every save, restore and read; their errors still show."""
+  logging.set_verbosity(logging.ERROR)
 
 
 def fail(error: object, status: int) -> NoReturn:

@@ -4,7 +4,6 @@ python -m train.main --config configs/MODEL.py [--workdir DIR] [--config.KEY=VAL
 """
 
 import argparse
-import logging
 import os
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ def main() -> None:
     "--workdir", type=Path, help="where results land; runs/MODEL-TIME if not given"
   )
   arguments, config = flags.parse(parser)
-  logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports each checkpoint
+  flags.quiet_libraries()
   try:
     check.check_config(config)
     mesh.use_every_core(config.batch_size)

@@ -5,6 +5,8 @@ import os
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from train.check import ConfigError
+
 DATA = "data"  # the mesh axis over which the batch is cut
 
 
@@ -12,8 +14,8 @@ def use_every_core(batch_size: int) -> None:
   """Makes each CPU core a JAX device, so that one step runs on all of them.
 
   XLA's own threads share one batch poorly between cores; as devices of their own, the cores work
-  through small microbatches that stay in their caches. Has no effect where JAX finds an accelerator,
-  or where the user has set the number of CPU devices. To be called before JAX starts its backend.
+  through small microbatches that stay in their caches. Has no effect where JAX finds an
+  accelerator, or where the user has set the number of CPU devices. To be called before JAX starts its backend.
 
   Args:
     batch_size: of the run; the largest number of cores that divides it is taken.
@@ -45,16 +47,16 @@ def microbatch_size(config, mesh: Mesh) -> int:
   """Images that each device computes at a time, from `config.microbatch` or the device's kind.
 
   Raises:
-    ValueError: the batch does not divide by the devices, or a device's share by the microbatch.
+    ConfigError: the batch does not divide by the devices, or a device's share by the microbatch.
   """
   share, rest = divmod(config.batch_size, mesh.size)
   if rest:
-    raise ValueError(
+    raise ConfigError(
       f"batch_size={config.batch_size} does not divide by {mesh.size} devices: choose a multiple"
     )
   if config.microbatch:
     if share % config.microbatch:
-      raise ValueError(
+      raise ConfigError(
         f"microbatch={config.microbatch} does not divide a device's {share} images "
         f"(batch_size={config.batch_size} over {mesh.size} devices): choose a divisor of {share}"
       )

@@ -63,6 +63,7 @@ def main() -> None:
   parser.add_argument("images", nargs="+", metavar="IMAGE", help="any file that Pillow reads")
   parser.add_argument("--json", action="store_true", help="one JSON object an image and line")
   arguments = parser.parse_args()
+  flags.quiet_libraries()
   try:
     trained = load_trained_model(arguments.workdir, mesh.make_mesh())
   except ValueError as error:

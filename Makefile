@@ -1,0 +1,34 @@
+# make train   trains MLP-Mixer, on CIFAR-100 where it is to be had
+# make test    runs the test suite; test-slow: the tests that are too long for it
+# Each sets up .venv first. PYTHON=python3.12 make ... picks another interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test test-slow lint setup clean
+
+train: setup
+	$(BIN)/python -m train.main --config configs/mixer.py --workdir runs/mixer \
+	  --config.epochs=2 --config.data.fallback=shapes100
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else \
+	  f"Python {v[0]}.{v[1]} is not supported: 3.11 to 3.13 are. Try PYTHON=python3.12 make ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,181 @@
+"""Whole runs on real CIFAR-100: what they leave, how they stop, and that they go on as if they hadn't."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import cifar100_dir, smoke_config
+from PIL import Image
+
+from train import metrics
+from train.loop import TrainingFailed, train_and_evaluate
+from train.workdir import WorkdirError
+
+REPOSITORY = Path(__file__).parents[1]
+CLOCK = ("images_per_second", "seconds")  # what differs between two equal runs
+
+
+def numbers(folder: Path) -> list[dict]:
+  return [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics.read(folder)]
+
+
+def summary(folder: Path) -> dict:
+  return {k: v for k, v in metrics.read_summary(folder).items() if k not in CLOCK}
+
+
+def test_run_leaves_what_the_readme_promises(finished_run):
+  rows = metrics.read(finished_run)
+  assert [row["epoch"] for row in rows] == [1, 2, 3]
+  assert [row["step"] for row in rows] == [8, 16, 24]
+  assert all(tuple(row) == metrics.EPOCH_KEYS for row in rows)
+  assert all(0 <= row["val_accuracy"] <= row["val_top5"] <= 1 for row in rows)
+  result = metrics.read_summary(finished_run)
+  assert tuple(result) == metrics.SUMMARY_KEYS
+  assert (result["epochs"], result["stopped_early"], result["parameters"]) == (3, False, 12836)
+  best = min(rows, key=lambda row: row["val_loss"])
+  assert result["best_epoch"] == best["epoch"]
+  assert json.loads((finished_run / "config.json").read_text())["optimizer"]["epsilon"] == 1e-7
+  assert list((finished_run / "tensorboard").glob("events.*"))
+  assert Image.open(finished_run / "curves.png").width > 1000
+  assert [path.name for path in (finished_run / "checkpoints" / "last").iterdir()] == ["24"]
+  assert len(list((finished_run / "checkpoints" / "best").iterdir())) == 1
+
+
+def test_finished_run_is_not_run_again(finished_run, capsys):
+  before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+  again = train_and_evaluate(smoke_config(epochs=3), finished_run)
+  assert again == metrics.read_summary(finished_run)
+  assert "holds a finished run" in capsys.readouterr().out
+  assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+def test_workdir_of_another_config_is_refused_with_the_differences(finished_run):
+  with pytest.raises(WorkdirError) as error:
+    train_and_evaluate(smoke_config(epochs=4, optimizer__learning_rate=0.1), finished_run)
+  assert "epochs: 3 there, 4 here" in str(error.value)
+  assert "optimizer.learning_rate: 0.005 there, 0.1 here" in str(error.value)
+  assert str(error.value).count("\n") == 2
+
+
+def test_folder_that_holds_something_else_is_refused(tmp_path):
+  (tmp_path / "thesis.tex").write_text("draft")
+  with pytest.raises(WorkdirError, match="holds files but no config.json"):
+    train_and_evaluate(smoke_config(), tmp_path)
+  assert (tmp_path / "thesis.tex").read_text() == "draft"
+
+
+def test_loss_falls_on_real_images(tmp_path):
+  config = smoke_config(epochs=8, optimizer__learning_rate=3e-3)
+  train_and_evaluate(config, tmp_path)
+  rows = metrics.read(tmp_path)
+  assert rows[0]["train_loss"] > 4.5
+  assert rows[-1]["train_loss"] < rows[0]["train_loss"] - 0.5
+  assert rows[-1]["train_top5"] > 0.2
+
+
+def test_early_stop_restores_the_best_epoch(tmp_path):
+  # At this rate no weight changes, so every epoch after the first ties with it.
+  config = smoke_config(
+    epochs=9, optimizer__learning_rate=1e-20, early_stop_patience=2, plateau__patience=1
+  )
+  result = train_and_evaluate(config, tmp_path)
+  assert (result["stopped_early"], result["epochs"], result["best_epoch"]) == (True, 3, 1)
+  rates = [row["learning_rate"] for row in metrics.read(tmp_path)]
+  np.testing.assert_allclose(rates, [1e-20, 1e-20, 0.5e-20])
+
+
+def test_divergence_ends_the_run_with_advice(tmp_path):
+  config = smoke_config(optimizer__learning_rate=1e30, best_metric="val_accuracy")
+  with pytest.raises(TrainingFailed, match="smaller --config.optimizer.learning_rate than 1e"):
+    train_and_evaluate(config, tmp_path)
+  assert metrics.read_summary(tmp_path) is None
+
+
+# Real processes and real signals from here on. 40 steps an epoch, a checkpoint every few steps.
+
+COMMAND = [
+  sys.executable,
+  *("-m", "train.main", "--config", "configs/mixer.py:smoke"),
+  *("--config.data.train_split=train[:2560]", "--config.epochs=3"),
+  "--config.checkpoint_seconds=0.05",
+]
+
+
+def start(folder: Path) -> subprocess.Popen:
+  return subprocess.Popen(
+    [*COMMAND, "--workdir", str(folder)],
+    cwd=REPOSITORY,
+    env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir()), "JAX_NUM_CPU_DEVICES": "2"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def saved_step(folder: Path) -> int:
+  """The step of the last complete checkpoint; 0 without one."""
+  steps = [p.name for p in folder.glob("checkpoints/last/*") if p.name.isdigit()]
+  return max(map(int, steps), default=0)
+
+
+def wait_until_in_mid_epoch(process: subprocess.Popen, folder: Path, first_step: int) -> None:
+  deadline = time.monotonic() + 120
+  while not first_step < saved_step(folder) % 40 < 30:
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline
+    time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+  process = start(folder)
+  output = process.communicate(timeout=200)
+  assert process.returncode == 0, output
+  return folder
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_resumed_run_equals_uninterrupted_run(uninterrupted, tmp_path, signum):
+  folder = tmp_path / "run"
+  process = start(folder)
+  wait_until_in_mid_epoch(process, folder, first_step=2)
+  process.send_signal(signum)
+  _, error = process.communicate(timeout=60)
+  if signum == signal.SIGKILL:
+    assert process.returncode == -signum
+  else:
+    assert process.returncode == 128 + signum
+    assert "the same command with --workdir" in error
+    assert error.count("\n") == 1
+  assert metrics.read_summary(folder) is None
+  stopped_at = saved_step(folder)
+  assert stopped_at % 40 != 0
+
+  process = start(folder)
+  output, error = process.communicate(timeout=200)
+  assert process.returncode == 0, error
+  assert f"step {stopped_at}." in output
+  assert numbers(folder) == numbers(uninterrupted)
+  assert summary(folder) == summary(uninterrupted)
+
+
+def test_unfinished_epoch_beyond_the_checkpoint_is_run_again(uninterrupted, tmp_path):
+  # As if killed after the epoch's row was written and before its checkpoint was complete.
+  folder = tmp_path / "run"
+  process = start(folder)
+  wait_until_in_mid_epoch(process, folder, first_step=2)
+  process.kill()
+  process.communicate()
+  shutil.copy(uninterrupted / "metrics.jsonl", folder)
+  process = start(folder)
+  _, error = process.communicate(timeout=200)
+  assert process.returncode == 0, error
+  assert numbers(folder) == numbers(uninterrupted)

@@ -1,0 +1,95 @@
+"""Using a trained model: evaluation of splits and classification of image files."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import smoke_config
+from PIL import Image
+
+from train import data, evaluate, metrics, predict
+
+
+def run(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+  """Exit status, stdout and stderr of a module's main."""
+  monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+  monkeypatch.setattr("train.mesh.use_every_core", lambda batch_size: None)  # conftest's eight
+  status = 0
+  try:
+    module.main()
+  except SystemExit as exit:
+    status = exit.code
+  return status, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def pngs(tmp_path_factory):
+  """The 500 test images of the smoke config as files, in order, and their labels."""
+  config = smoke_config()
+  split = data.load(config.data, config.model.image_size, splits=("test",)).test
+  folder = tmp_path_factory.mktemp("pngs")
+  paths = [folder / f"{i}.png" for i in range(len(split))]
+  for path, image in zip(paths, split.images, strict=True):
+    Image.fromarray(image).save(path)
+  return paths, split.labels
+
+
+def test_evaluate_repeats_the_test_metrics_of_the_run(finished_run, monkeypatch, capsys):
+  status, out, _ = run(evaluate, monkeypatch, capsys, "--workdir", finished_run)
+  result, expected = json.loads(out), metrics.read_summary(finished_run)
+  assert status == 0
+  assert (result["split"], result["images"]) == ("test", 500)
+  for name in ("loss", "accuracy", "top5"):
+    assert result[name] == expected[f"test_{name}"]
+
+
+def test_evaluate_other_split(finished_run, monkeypatch, capsys):
+  _, out, _ = run(evaluate, monkeypatch, capsys, "--workdir", finished_run, "--split=validation")
+  best = metrics.read(finished_run)[metrics.read_summary(finished_run)["best_epoch"] - 1]
+  assert json.loads(out)["loss"] == best["val_loss"]
+
+
+def test_predict_agrees_with_evaluate(finished_run, pngs, monkeypatch, capsys):
+  paths, labels = pngs
+  status, out, _ = run(predict, monkeypatch, capsys, "--workdir", finished_run, "--json", *paths)
+  answers = [json.loads(line) for line in out.splitlines()]
+  names = json.loads((finished_run / "dataset.json").read_text())["class_names"]
+  top5 = [[names.index(c["class"]) for c in answer["top5"]] for answer in answers]
+  expected = metrics.read_summary(finished_run)
+  assert status == 0
+  assert [answer["image"] for answer in answers] == [str(path) for path in paths]
+  assert (
+    np.mean([t[0] == y for t, y in zip(top5, labels, strict=True)]) == expected["test_accuracy"]
+  )
+  assert np.mean([y in t for t, y in zip(top5, labels, strict=True)]) == expected["test_top5"]
+  for answer in answers:
+    probabilities = [c["probability"] for c in answer["top5"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 5 / 100 <= sum(probabilities) <= 1
+
+
+def test_unreadable_image_is_reported_and_the_others_answered(
+  finished_run, pngs, tmp_path, monkeypatch, capsys
+):
+  broken, photo = tmp_path / "broken.png", tmp_path / "photo.jpg"
+  broken.write_bytes(pngs[0][0].read_bytes()[:300])
+  Image.fromarray(np.full((90, 160), 99, np.uint8)).save(photo)  # grey, and of another shape
+  status, out, error = run(
+    predict, monkeypatch, capsys, "--workdir", finished_run, broken, tmp_path / "no.png", photo
+  )
+  assert status == 1
+  assert [line for line in out.splitlines() if not line.startswith(" ")] == [str(photo)]
+  assert out.count("%") == 5
+  assert error.count("\n") == 2
+  assert str(broken) in error and "no.png" in error
+
+
+@pytest.mark.parametrize("module", [evaluate, predict])
+def test_folder_without_a_run_is_one_line(module, tmp_path, monkeypatch, capsys):
+  images = [tmp_path / "x.png"] if module is predict else []
+  status, _, error = run(module, monkeypatch, capsys, "--workdir", tmp_path, *images)
+  assert status == 1
+  assert "holds no run" in error
+  assert error.count("\n") == 1
+  assert not list(tmp_path.iterdir())

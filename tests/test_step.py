@@ -1,0 +1,191 @@
+"""The train step does the same whatever the mesh and the microbatch, and what a plain step does."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+import mlp_models
+from train import augment, optimizer
+from train.data import DatasetInfo
+from train.mesh import DATA, by_example, replicated
+from train.state import Sums, init_state, make_model
+from train.step import eval_step, sum_metrics, train_step
+
+BATCH = 32
+INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {})
+
+
+def smoke_config(name: str):
+  return importlib.import_module(f"configs.{name}").get_config("smoke")
+
+
+def mesh_of(devices: int) -> Mesh:
+  return Mesh(np.array(jax.devices()[:devices]), (DATA,))
+
+
+def noise_batch(seed: int, masked: int = 0) -> dict:
+  rng = np.random.default_rng(seed)
+  return {
+    "image": rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8),
+    "label": rng.integers(0, 100, BATCH).astype(np.int32),
+    "mask": np.arange(BATCH) < BATCH - masked,
+  }
+
+
+def new_state(config):
+  return init_state(config, INFO, np.full(3, 127.0), np.full(3, 5400.0))
+
+
+def run_steps(config, devices: int, microbatch: int, batches: list[dict]):
+  """Losses of each step and the last state, on a mesh of so many devices."""
+  mesh = mesh_of(devices)
+  step = jax.jit(
+    functools.partial(
+      train_step,
+      model=make_model(config, 100),
+      optimizer=optimizer.make_optimizer(config.optimizer),
+      augmentation=config.augment.to_dict(),
+      microbatch=microbatch,
+      mesh=mesh,
+    )
+  )
+  state = jax.device_put(new_state(config), replicated(mesh))
+  losses = []
+  for batch in batches:
+    state, sums = step(state, jax.device_put(batch, by_example(mesh)))
+    losses.append(sums.means()["loss"])
+  return losses, jax.device_get(state)
+
+
+@pytest.mark.parametrize("name", mlp_models.MODELS)
+def test_losses_do_not_depend_on_devices_or_microbatch(name):
+  config = smoke_config(name)
+  batches = [noise_batch(seed) for seed in range(3)]
+  expected, _ = run_steps(config, 1, BATCH, batches)
+  assert expected[2] != expected[0]
+  for devices, microbatch in ((2, 4), (8, 4)):
+    losses, _ = run_steps(config, devices, microbatch, batches)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+
+
+def test_step_equals_a_plain_step_over_the_whole_batch():
+  config = smoke_config("mixer")
+  batch = noise_batch(0, masked=5)
+  model, adamw = make_model(config, 100), optimizer.make_optimizer(config.optimizer)
+  state = new_state(config)
+  key = jax.random.fold_in(jax.random.key(config.seed), 0)
+  augment_key, dropout_key = jax.random.split(key)
+
+  def loss(params):
+    images = augment.augment(
+      batch["image"],
+      augment_key,
+      jnp.arange(BATCH),
+      mean=state.mean,
+      variance=state.variance,
+      image_size=model.image_size,
+      **config.augment,
+    )
+    logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return losses[:-5].mean()
+
+  value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
+  updates, _ = adamw.update(grads, state.opt_state, state.params, learning_rate_scale=1.0)
+  expected = optax.apply_updates(state.params, updates)
+  losses, after = run_steps(config, 2, 4, [batch])
+  np.testing.assert_allclose(losses, [value], rtol=1e-6)
+  # Adam's first step is the gradient's sign times the learning rate (5e-3): where the gradient is
+  # next to zero, rounding decides, so the first moment is compared, not the weights alone.
+  moment = after.opt_state[0].mu
+  for got, want in zip(jax.tree.leaves(moment), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(got, 0.1 * want, atol=1e-6 * np.abs(want).max())
+  for got, want in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
+    assert np.mean(np.abs(got - want) > 1e-5) < 0.01
+
+
+def test_masked_examples_count_for_nothing():
+  config = smoke_config("mixer")
+  batch, other = noise_batch(0, masked=7), noise_batch(0, masked=7)
+  other["image"][-7:], other["label"][-7:] = 0, 3
+  losses, state = run_steps(config, 2, 4, [batch])
+  other_losses, other_state = run_steps(config, 2, 4, [other])
+  assert float(state.sums.count) == BATCH - 7
+  assert losses == other_losses
+  jax.tree.map(np.testing.assert_array_equal, state.params, other_state.params)
+
+
+def test_same_seed_and_step_repeat_bit_for_bit_and_others_differ():
+  config = smoke_config("gmlp")
+  first, state = run_steps(config, 2, 4, [noise_batch(0)])
+  again, state_again = run_steps(config, 2, 4, [noise_batch(0)])
+  assert first == again
+  jax.tree.map(np.testing.assert_array_equal, state, state_again)
+  config.seed = 1
+  other, _ = run_steps(config, 2, 4, [noise_batch(0)])
+  assert abs(other[0] - first[0]) > 1e-4
+
+
+def test_plateau_scale_multiplies_the_learning_rate():
+  config = smoke_config("fnet")
+  config.optimizer.weight_decay = 0.0
+  mesh = mesh_of(1)
+  state = new_state(config)
+  halved = state.replace(plateau=state.plateau._replace(scale=jnp.float32(0.5)))
+  step = functools.partial(
+    train_step,
+    model=make_model(config, 100),
+    optimizer=optimizer.make_optimizer(config.optimizer),
+    augmentation=config.augment.to_dict(),
+    microbatch=BATCH,
+    mesh=mesh,
+  )
+  full, _ = jax.jit(step)(state, noise_batch(0))
+  half, _ = jax.jit(step)(halved, noise_batch(0))
+  before, full, half = (s.params["head"]["kernel"] for s in (state, full, half))
+  np.testing.assert_allclose(half - before, 0.5 * (full - before), atol=1e-7)
+
+
+def test_eval_step_counts_every_image_once_and_ignores_the_mesh():
+  config = smoke_config("vit")
+  model, state = make_model(config, 100), new_state(config)
+  batch = noise_batch(3, masked=3)
+  images = augment.preprocess(
+    batch["image"], mean=state.mean, variance=state.variance, image_size=model.image_size
+  )
+  logits = np.asarray(model.apply({"params": state.params}, images), np.float64)[:-3]
+  labels = batch["label"][:-3]
+  log_z = np.log(np.exp(logits).sum(1))
+  rank = (logits > logits[np.arange(BATCH - 3), labels][:, None]).sum(1)
+  expected = [
+    (log_z - logits[np.arange(BATCH - 3), labels]).sum(),
+    (rank == 0).sum(),
+    (rank < 5).sum(),
+    BATCH - 3,
+  ]
+  for devices, microbatch in ((1, 32), (2, 4), (8, 2)):
+    mesh = mesh_of(devices)
+    step = jax.jit(functools.partial(eval_step, model=model, microbatch=microbatch, mesh=mesh))
+    sums = step(state.params, state.mean, state.variance, batch)
+    np.testing.assert_allclose(jax.tree.leaves(sums), expected, rtol=1e-5)
+
+
+def test_sum_metrics_on_logits_made_by_hand():
+  logits = jnp.zeros((4, 100)).at[0, 7].set(50.0).at[1, :5].set(50.0).at[2, :4].set(50.0)
+  logits = logits.at[2, 9].set(40.0).at[3].set(jnp.nan)
+  sums = sum_metrics(logits, jnp.array([7, 9, 9, 0]), jnp.array([True, True, True, True]))
+  # Row 0 is a hit; row 1's label comes sixth; row 2's fifth; a row of NaN is never a hit.
+  assert (float(sums.correct), float(sums.top5), float(sums.count)) == (1, 2, 4)
+  uniform = sum_metrics(jnp.zeros((2, 100)), jnp.array([1, 2]), jnp.array([True, False]))
+  np.testing.assert_allclose(uniform.loss, np.log(100), rtol=1e-6)
+
+
+def test_sums_give_means():
+  sums = Sums(jnp.float32(6), jnp.float32(1), jnp.float32(2), jnp.float32(4))
+  assert sums.means() == {"loss": 1.5, "accuracy": 0.25, "top5": 0.5}
