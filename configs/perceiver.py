@@ -33,8 +33,8 @@ def get_config(variant=None):
   small = {
     "model.patch_size": 4,
     "model.width": 128,
-    "model.num_latents": 64,
-    "model.num_heads": 4,
+    "model.num_latents": 32,
+    "model.num_heads": 2,
     "model.num_blocks": 2,
     "model.ffn_units": (128, 128),
   }

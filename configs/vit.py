@@ -38,7 +38,7 @@ def get_config(variant=None):
   small = {
     "batch_size": 128,
     "model.image_size": 48,
-    "model.num_blocks": 6,
+    "model.num_blocks": 4,
     "model.head_units": (512, 256),
   }
   smoke = {

@@ -1,4 +1,4 @@
-"""Whole runs on real CIFAR-100: what they leave, how they stop, and that they go on as if they hadn't."""
+"""Whole runs on real CIFAR-100: what they leave, how they stop, and that they go on unharmed."""
 
 import json
 import os

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from train import data, flags, mesh
 from train.state import Sums, Weights
 from train.step import eval_step
+from train.workdir import WorkdirError, read_config
 
 
 def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> Callable:
@@ -57,16 +58,16 @@ def main() -> None:
   arguments = parser.parse_args()
   flags.quiet_libraries()
   try:
-    from train import checkpoint, workdir  # late: all that is imported costs seconds
+    from train import checkpoint  # late: orbax takes seconds, a wrong flag none
 
-    config = workdir.read_config(arguments.workdir)
+    config = read_config(arguments.workdir)
     mesh.use_every_core(config.batch_size)
     devices = mesh.make_mesh()
     trained = checkpoint.load_trained_model(arguments.workdir, devices)
     if arguments.data_dir:
       config.data.data_dir = arguments.data_dir
     dataset = data.load(config.data, config.model.image_size, splits=(arguments.split,))
-  except (data.DataError, ValueError) as error:
+  except (data.DataError, WorkdirError) as error:
     flags.fail(error, 1)
   split = getattr(dataset, arguments.split)
   step = make_eval_step(trained.model, mesh.microbatch_size(config, devices), devices)

@@ -146,7 +146,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
         raise
 
       best = checkpoints.restore_best(abstract.weights(), replicated(mesh))
-      test = evaluate(eval_step, best, dataset.test, config.batch_size, mesh)
+      test = evaluate(eval_step, best, dataset.test, config.batch_size, mesh, stop.check)
       summary = {
         **{f"test_{name}": value for name, value in test.items()},
         "best_epoch": int(state.best.epoch),

@@ -13,6 +13,7 @@ import jax
 from train import check, flags, mesh
 from train.data import DataError
 from train.interrupt import Interrupted
+from train.workdir import WorkdirError
 
 _OUT_OF_MEMORY = """out of memory. Three knobs help:
   --config.microbatch=N            compute fewer images at a time (the result is the same)
@@ -39,9 +40,11 @@ def main() -> None:
   except Interrupted as interruption:
     again = f"the same command with --workdir {folder} goes on from there"
     flags.fail(f"stopped by {interruption}; {again}", interruption.exit_status)
+  except KeyboardInterrupt:  # before training, when there is nothing to save, or a second Ctrl-C
+    flags.fail("stopped by SIGINT", 130)
   except check.ConfigError as error:
     flags.fail(error, 2)
-  except (DataError, ValueError, loop.TrainingFailed) as error:
+  except (DataError, WorkdirError, loop.TrainingFailed) as error:
     flags.fail(error, 1)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):

@@ -15,7 +15,8 @@ def use_every_core(batch_size: int) -> None:
 
   XLA's own threads share one batch poorly between cores; as devices of their own, the cores work
   through small microbatches that stay in their caches. Has no effect where JAX finds an
-  accelerator, or where the user has set the number of CPU devices. To be called before JAX starts its backend.
+  accelerator, or where the user has set the number of CPU devices. To be called before JAX starts
+  its backend.
 
   Args:
     batch_size: of the run; the largest number of cores that divides it is taken.

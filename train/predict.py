@@ -18,6 +18,7 @@ from PIL import Image
 
 from train import augment, data, flags, mesh
 from train.checkpoint import TrainedModel, load_trained_model
+from train.workdir import WorkdirError
 
 TOP = 5
 
@@ -66,7 +67,7 @@ def main() -> None:
   flags.quiet_libraries()
   try:
     trained = load_trained_model(arguments.workdir, mesh.make_mesh())
-  except ValueError as error:
+  except WorkdirError as error:
     flags.fail(error, 1)
 
   size = trained.config.model.image_size
