@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -108,14 +109,15 @@ COMMAND = [
 ]
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path, *flags: str, **options) -> subprocess.Popen:
   return subprocess.Popen(
-    [*COMMAND, "--workdir", str(folder)],
+    [*COMMAND, "--workdir", str(folder), *flags],
     cwd=REPOSITORY,
     env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir()), "JAX_NUM_CPU_DEVICES": "2"},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    **options,
   )
 
 
@@ -179,3 +181,17 @@ def test_unfinished_epoch_beyond_the_checkpoint_is_run_again(uninterrupted, tmp_
   _, error = process.communicate(timeout=200)
   assert process.returncode == 0, error
   assert numbers(folder) == numbers(uninterrupted)
+
+
+def test_out_of_memory_names_three_knobs(tmp_path):
+  def limit_memory():
+    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+
+  sizes = ("--config.model.image_size=512", "--config.model.patch_size=64")
+  batch = ("--config.batch_size=4096", "--config.microbatch=2048")
+  process = start(tmp_path / "run", *sizes, *batch, preexec_fn=limit_memory)
+  output, error = process.communicate(timeout=200)
+  assert process.returncode == 1
+  assert "MiB on each device" in output
+  assert error.startswith("error: out of memory")
+  assert all(f"--config.{knob}" in error for knob in ("microbatch", "batch_size", "model.KEY"))

@@ -25,8 +25,10 @@ def use_every_core(batch_size: int) -> None:
     return
   if "JAX_NUM_CPU_DEVICES" in os.environ:
     return
-  cores = range(len(os.sched_getaffinity(0)), 0, -1)
-  jax.config.update("jax_num_cpu_devices", next(n for n in cores if batch_size % n == 0))
+  affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+  cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+  devices = next(n for n in range(cores, 0, -1) if batch_size % n == 0)
+  jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh() -> Mesh:

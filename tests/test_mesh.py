@@ -1,0 +1,63 @@
+"""How many devices a CPU is, and how many images each computes at a time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from configs import mixer
+from train.check import ConfigError
+from train.mesh import microbatch_size
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "microbatch", "cpu_microbatch", "expected"),
+  [
+    (128, None, 8, 8),
+    (128, None, 24, 16),
+    (128, None, 999, 64),
+    (128, 32, 8, 32),
+    (14, None, 4, 1),
+  ],
+)
+def test_microbatch_divides_a_devices_share(batch_size, microbatch, cpu_microbatch, expected):
+  config = mixer.get_config()
+  config.batch_size, config.microbatch, config.cpu_microbatch = (
+    batch_size,
+    microbatch,
+    cpu_microbatch,
+  )
+  assert microbatch_size(config, Mesh(np.array(jax.devices()[:2]), ("data",))) == expected
+
+
+def test_what_does_not_divide_is_refused_with_the_numbers():
+  config = mixer.get_config()
+  mesh = Mesh(np.array(jax.devices()[:3]), ("data",))
+  with pytest.raises(ConfigError, match="batch_size=128 does not divide by 3 devices"):
+    microbatch_size(config, mesh)
+  config.batch_size, config.microbatch = 96, 10
+  with pytest.raises(ConfigError, match="microbatch=10 does not divide a device's 32 images"):
+    microbatch_size(config, mesh)
+
+
+def test_every_core_is_a_device_unless_the_user_says_otherwise():
+  code = "from train import mesh; import jax; mesh.use_every_core(128); print(jax.device_count())"
+  cores = max(n for n in range(1, len(os.sched_getaffinity(0)) + 1) if 128 % n == 0)
+  for environment, expected in (
+    ({}, cores),
+    ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+    ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+  ):
+    process = subprocess.run(
+      [sys.executable, "-c", code],
+      cwd=Path(__file__).parents[1],
+      env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+      capture_output=True,
+      text=True,
+    )
+    assert process.stdout == f"{expected}\n", process.stderr
