@@ -8,14 +8,14 @@ BIN := .venv/bin
 .PHONY: train test test-slow lint setup clean
 
 train: setup
-	$(BIN)/python -m train.main --config configs/mixer.py --workdir runs/mixer \
+	$(BIN)/python -m train.main --config configs/mixer.py --workdir runs/first \
 	  --config.epochs=2 --config.data.fallback=shapes100
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -rs --no-fold-skipped -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -rs --no-fold-skipped -m slow
 
 lint: setup
 	$(BIN)/ruff check .

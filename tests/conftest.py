@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -12,6 +13,11 @@ import pytest
 from PIL import Image
 
 jax.config.update("jax_num_cpu_devices", 8)  # simulated; before anything starts JAX's backend
+
+# Many tests compile the same step, also in processes of their own.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 
 TESTS = pathlib.Path(__file__).parent
 GOLDEN = TESTS / "golden"

@@ -214,6 +214,7 @@ def test_shapes100_is_prepared_when_asked_for(tmp_path, monkeypatch):
   assert found == sorted(zip(labels.tolist(), map(bytes, drawn), strict=True))
 
 
+@pytest.mark.slow
 def test_shapes100_whole_within_a_minute(tmp_path):
   result = run_cli("prepare", "--name", "shapes100", "--data_dir", tmp_path)
   assert result.returncode == 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,8 @@ from conftest import cifar100_dir, smoke_config
 from PIL import Image
 
 from train import metrics
-from train.loop import TrainingFailed, train_and_evaluate
+from train.interrupt import TrainingFailed
+from train.loop import train_and_evaluate
 from train.workdir import WorkdirError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -45,8 +45,8 @@ def test_run_leaves_what_the_readme_promises(finished_run):
   assert json.loads((finished_run / "config.json").read_text())["optimizer"]["epsilon"] == 1e-7
   assert list((finished_run / "tensorboard").glob("events.*"))
   assert Image.open(finished_run / "curves.png").width > 1000
-  assert [path.name for path in (finished_run / "checkpoints" / "last").iterdir()] == ["24"]
-  assert len(list((finished_run / "checkpoints" / "best").iterdir())) == 1
+  assert [path.name for path in (finished_run / "checkpoints" / "last").iterdir()] == ["27"]
+  assert str(best["epoch"]) in {p.name for p in (finished_run / "checkpoints" / "best").iterdir()}
 
 
 def test_finished_run_is_not_run_again(finished_run, capsys):
@@ -63,6 +63,14 @@ def test_workdir_of_another_config_is_refused_with_the_differences(finished_run)
   assert "epochs: 3 there, 4 here" in str(error.value)
   assert "optimizer.learning_rate: 0.005 there, 0.1 here" in str(error.value)
   assert str(error.value).count("\n") == 2
+
+
+def test_workdir_that_has_saved_nothing_takes_another_config(tmp_path):
+  with pytest.raises(TrainingFailed):
+    train_and_evaluate(smoke_config(optimizer__learning_rate=1e30), tmp_path)
+  result = train_and_evaluate(smoke_config(epochs=1), tmp_path)
+  assert result["epochs"] == 1
+  assert [row["epoch"] for row in metrics.read(tmp_path)] == [1]
 
 
 def test_folder_that_holds_something_else_is_refused(tmp_path):
@@ -94,7 +102,7 @@ def test_early_stop_restores_the_best_epoch(tmp_path):
 
 def test_divergence_ends_the_run_with_advice(tmp_path):
   config = smoke_config(optimizer__learning_rate=1e30, best_metric="val_accuracy")
-  with pytest.raises(TrainingFailed, match="smaller --config.optimizer.learning_rate than 1e"):
+  with pytest.raises(TrainingFailed, match="smaller --config.optimizer.learning_rate"):
     train_and_evaluate(config, tmp_path)
   assert metrics.read_summary(tmp_path) is None
 
@@ -109,22 +117,22 @@ COMMAND = [
 ]
 
 
-def start(folder: Path, *flags: str, **options) -> subprocess.Popen:
+def start(folder: Path, *flags: str, devices: int = 2, prefix=()) -> subprocess.Popen:
   return subprocess.Popen(
-    [*COMMAND, "--workdir", str(folder), *flags],
+    [*prefix, *COMMAND, "--workdir", str(folder), *flags],
     cwd=REPOSITORY,
-    env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir()), "JAX_NUM_CPU_DEVICES": "2"},
+    env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir()), "JAX_NUM_CPU_DEVICES": str(devices)},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    **options,
   )
 
 
 def saved_step(folder: Path) -> int:
   """The step of the last complete checkpoint; 0 without one."""
-  steps = [p.name for p in folder.glob("checkpoints/last/*") if p.name.isdigit()]
-  return max(map(int, steps), default=0)
+  names = [p.name for p in folder.glob("checkpoints/last/*") if p.name.isdigit()]
+  label = max(map(int, names), default=0)  # epochs finished + steps done, 40 an epoch
+  return label - label // 41
 
 
 def wait_until_in_mid_epoch(process: subprocess.Popen, folder: Path, first_step: int) -> None:
@@ -144,7 +152,9 @@ def uninterrupted(tmp_path_factory) -> Path:
   return folder
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+  "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_resumed_run_equals_uninterrupted_run(uninterrupted, tmp_path, signum):
   folder = tmp_path / "run"
   process = start(folder)
@@ -155,8 +165,9 @@ def test_resumed_run_equals_uninterrupted_run(uninterrupted, tmp_path, signum):
     assert process.returncode == -signum
   else:
     assert process.returncode == 128 + signum
-    assert "the same command with --workdir" in error
-    assert error.count("\n") == 1
+    assert "stopping at the next step" in error
+    assert "the same command with --workdir" in error.splitlines()[-1]
+    assert error.count("\n") == 3
   assert metrics.read_summary(folder) is None
   stopped_at = saved_step(folder)
   assert stopped_at % 40 != 0
@@ -169,6 +180,49 @@ def test_resumed_run_equals_uninterrupted_run(uninterrupted, tmp_path, signum):
   assert summary(folder) == summary(uninterrupted)
 
 
+@pytest.mark.slow
+def test_run_goes_on_on_other_devices(uninterrupted, tmp_path, monkeypatch):
+  folder = tmp_path / "run"
+  process = start(folder)
+  wait_until_in_mid_epoch(process, folder, first_step=2)
+  process.terminate()
+  process.communicate(timeout=60)
+  process = start(folder, "--config.microbatch=4", devices=4)
+  _, error = process.communicate(timeout=200)
+  assert process.returncode == 0, error
+  for row, expected in zip(numbers(folder), numbers(uninterrupted), strict=True):
+    assert row["step"] == expected["step"]
+    np.testing.assert_allclose(row["train_loss"], expected["train_loss"], rtol=2e-3)
+    np.testing.assert_allclose(row["val_loss"], expected["val_loss"], rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_signal_during_compilation_or_validation_is_obeyed_at_once(uninterrupted, tmp_path):
+  # Validation of 5,000 images takes longer than the 40 steps before it.
+  folder = tmp_path / "run"
+  process = start(folder)
+  while not list(folder.glob("checkpoints/last")):  # made right before compilation
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.005)
+  process.terminate()
+  process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert saved_step(folder) == 1
+
+  process = start(folder)
+  while saved_step(folder) != 40:
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.001)
+  process.terminate()
+  process.communicate(timeout=60)
+  process = start(folder)
+  _, error = process.communicate(timeout=200)
+  assert process.returncode == 0, error
+  assert numbers(folder) == numbers(uninterrupted)
+  assert all(row["images_per_second"] >= 0 for row in metrics.read(folder))
+
+
+@pytest.mark.slow
 def test_unfinished_epoch_beyond_the_checkpoint_is_run_again(uninterrupted, tmp_path):
   # As if killed after the epoch's row was written and before its checkpoint was complete.
   folder = tmp_path / "run"
@@ -184,12 +238,10 @@ def test_unfinished_epoch_beyond_the_checkpoint_is_run_again(uninterrupted, tmp_
 
 
 def test_out_of_memory_names_three_knobs(tmp_path):
-  def limit_memory():
-    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
-
   sizes = ("--config.model.image_size=512", "--config.model.patch_size=64")
   batch = ("--config.batch_size=4096", "--config.microbatch=2048")
-  process = start(tmp_path / "run", *sizes, *batch, preexec_fn=limit_memory)
+  limit = ("bash", "-c", 'ulimit -v 8388608; exec "$@"', "bash")  # 8 GiB
+  process = start(tmp_path / "run", *sizes, *batch, prefix=limit)
   output, error = process.communicate(timeout=200)
   assert process.returncode == 1
   assert "MiB on each device" in output

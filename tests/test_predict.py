@@ -3,18 +3,20 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import smoke_config
+from jax.sharding import Mesh
 from PIL import Image
 
-from train import data, evaluate, metrics, predict
+from train import checkpoint, data, evaluate, metrics, predict
 
 
 def run(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
   """Exit status, stdout and stderr of a module's main."""
   monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-  monkeypatch.setattr("train.mesh.use_every_core", lambda batch_size: None)  # conftest's eight
+  monkeypatch.setattr("train.evaluate.use_every_core", lambda batch_size: None)  # conftest's eight
   status = 0
   try:
     module.main()
@@ -42,6 +44,19 @@ def test_evaluate_repeats_the_test_metrics_of_the_run(finished_run, monkeypatch,
   assert (result["split"], result["images"]) == ("test", 500)
   for name in ("loss", "accuracy", "top5"):
     assert result[name] == expected[f"test_{name}"]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_evaluation_counts_every_image_once(finished_run, devices):
+  mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+  trained = checkpoint.load_trained_model(finished_run, mesh)
+  split = data.load(smoke_config().data, 32, splits=("test",)).test
+  step = evaluate.make_eval_step(trained.model, 4, mesh)
+  result = evaluate.evaluate(step, trained.weights, split, 96, mesh)  # 500 = 5 x 96 + 20
+  expected = metrics.read_summary(finished_run)
+  assert result["accuracy"] == expected["test_accuracy"]
+  assert result["top5"] == expected["test_top5"]
+  np.testing.assert_allclose(result["loss"], expected["test_loss"], rtol=1e-5)
 
 
 def test_evaluate_other_split(finished_run, monkeypatch, capsys):
@@ -75,14 +90,14 @@ def test_unreadable_image_is_reported_and_the_others_answered(
   broken, photo = tmp_path / "broken.png", tmp_path / "photo.jpg"
   broken.write_bytes(pngs[0][0].read_bytes()[:300])
   Image.fromarray(np.full((90, 160), 99, np.uint8)).save(photo)  # grey, and of another shape
-  status, out, error = run(
-    predict, monkeypatch, capsys, "--workdir", finished_run, broken, tmp_path / "no.png", photo
-  )
+  missing = tmp_path / "no.png"
+  arguments = ("--workdir", finished_run, broken, missing, photo)
+  status, out, error = run(predict, monkeypatch, capsys, *arguments)
   assert status == 1
   assert [line for line in out.splitlines() if not line.startswith(" ")] == [str(photo)]
   assert out.count("%") == 5
   assert error.count("\n") == 2
-  assert str(broken) in error and "no.png" in error
+  assert str(broken) in error and str(missing) in error
 
 
 @pytest.mark.parametrize("module", [evaluate, predict])

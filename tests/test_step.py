@@ -14,7 +14,7 @@ import mlp_models
 from train import augment, optimizer
 from train.data import DatasetInfo
 from train.mesh import DATA, by_example, replicated
-from train.state import Sums, init_state, make_model
+from train.state import Sums, channel_statistics, init_state, make_model
 from train.step import eval_step, sum_metrics, train_step
 
 BATCH = 32
@@ -192,8 +192,35 @@ def test_sum_metrics_on_logits_made_by_hand():
   sums = sum_metrics(logits, jnp.array([7, 9, 9, 0]), jnp.array([True, True, True, True]))
   # Row 0 is a hit; row 1's label comes sixth; row 2's fifth; a row of NaN is never a hit.
   assert (float(sums.correct), float(sums.top5), float(sums.count)) == (1, 2, 4)
-  uniform = sum_metrics(jnp.zeros((2, 100)), jnp.array([1, 2]), jnp.array([True, False]))
-  np.testing.assert_allclose(uniform.loss, np.log(100), rtol=1e-6)
+  # Of equal logits the first counts, as argmax has it: a model that says nothing hits one in 100.
+  uniform = sum_metrics(jnp.zeros((100, 100)), jnp.arange(100), jnp.arange(100) < 50)
+  np.testing.assert_allclose(uniform.loss, 50 * np.log(100), rtol=1e-6)
+  assert (float(uniform.correct), float(uniform.top5)) == (1, 5)
+
+
+def test_gradients_are_reduced_once_a_step():
+  config = smoke_config("mixer")
+  step = functools.partial(
+    train_step,
+    model=make_model(config, 100),
+    optimizer=optimizer.make_optimizer(config.optimizer),
+    augmentation=config.augment.to_dict(),
+    microbatch=2,
+    mesh=mesh_of(8),
+  )
+  state = jax.device_put(new_state(config), replicated(mesh_of(8)))
+  batch = jax.device_put(noise_batch(0), by_example(mesh_of(8)))
+  hlo = jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()
+  assert hlo.count(" all-reduce(") == 1
+  assert "input_output_alias" in hlo  # the state is updated in place
+
+
+def test_channel_statistics_are_those_of_the_images():
+  images = np.random.default_rng(0).integers(0, 256, (3000, 8, 8, 3), dtype=np.uint8)
+  images[..., 1] //= 2
+  mean, variance = channel_statistics(images)
+  np.testing.assert_allclose(mean, images.mean((0, 1, 2)), rtol=1e-6)
+  np.testing.assert_allclose(variance, images.var((0, 1, 2)), rtol=1e-6)
 
 
 def test_sums_give_means():

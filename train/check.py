@@ -1,5 +1,7 @@
 """Refuses impossible configs in one line, before anything costly starts."""
 
+import math
+
 from ml_collections import ConfigDict
 
 import mlp_models
@@ -20,6 +22,8 @@ def check_config(config: ConfigDict) -> None:
         value = value[part]
       raise ConfigError(f"config.{key} = {value!r}: {need}")
 
+  if "model" not in config:
+    raise ConfigError("the config has no `model`: choose a file such as configs/mixer.py")
   require(config.epochs >= 1, "epochs", "at least 1")
   require(config.batch_size >= 1, "batch_size", "at least 1")
   require(config.microbatch is None or config.microbatch >= 1, "microbatch", "at least 1, or None")
@@ -28,7 +32,9 @@ def check_config(config: ConfigDict) -> None:
   require(config.checkpoint_seconds > 0, "checkpoint_seconds", "more than 0")
   require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
   require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
-  require(config.optimizer.learning_rate > 0, "optimizer.learning_rate", "more than 0")
+  require(
+    0 < config.optimizer.learning_rate < math.inf, "optimizer.learning_rate", "a number above 0"
+  )
   require(0 <= config.optimizer.weight_decay < 1, "optimizer.weight_decay", "from 0 to below 1")
   require(0 <= config.optimizer.b1 < 1, "optimizer.b1", "at least 0 and less than 1")
   require(0 <= config.optimizer.b2 < 1, "optimizer.b2", "at least 0 and less than 1")

@@ -1,9 +1,11 @@
 """Checkpoints with orbax: the last state, to continue from, and the best weights, to use.
 
-They are in workdir/checkpoints/last/STEP (the whole TrainState) and workdir/checkpoints/best/STEP
-(Weights). Each folder holds one; it is deleted once its successor is complete.
+They are in workdir/checkpoints/last (the whole TrainState, one) and workdir/checkpoints/best
+(Weights by epoch, the last two). One is deleted once its successor is complete.
 """
 
+import contextlib
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
-from train import workdir
+from train import metrics, workdir
 from train.data import DatasetInfo
 from train.mesh import replicated
 from train.state import TrainState, Weights, init_state, make_model
@@ -29,29 +31,45 @@ class Checkpoints:
 
   def __init__(self, folder: Path, read_only: bool = False):
     folder = folder.absolute() / "checkpoints"  # orbax takes absolute paths only
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=None if read_only else 1, create=not read_only, read_only=read_only
-    )
-    self._last = ocp.CheckpointManager(folder / "last", options=options)
-    self._best = ocp.CheckpointManager(folder / "best", options=options)
+    self._saved_at = time.monotonic()
+
+    def manager(name: str, keep: int) -> ocp.CheckpointManager:
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else keep,
+        create=not read_only,
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,  # what a killed process left half-written
+      )
+      return ocp.CheckpointManager(folder / name, options=options)
+
+    # Two of the best: a run that is killed between the saves of an epoch's best weights and of its
+    # state goes on from a state that still speaks of the best before.
+    self._last, self._best = manager("last", keep=1), manager("best", keep=2)
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *exception) -> None:
-    for manager in (self._best, self._last):
-      manager.wait_until_finished()
-      manager.close()
+    with contextlib.ExitStack() as stack:
+      stack.callback(self._last.close)  # waits, and raises if a save has failed
+      stack.callback(self._best.close)
+
+  @property
+  def seconds_since_last(self) -> float:
+    """Since the last `save_last`, or since the run began."""
+    return time.monotonic() - self._saved_at
 
   def save_last(self, state: TrainState) -> None:
     """Saves the state to continue from."""
     # A last state that speaks of a best epoch must never be without its weights.
     self._best.wait_until_finished()
-    _save(self._last, state, int(state.step))
+    # After an epoch's last step and again after its evaluation the step is the same, the state not.
+    _save(self._last, state, int(state.step) + int(state.epoch))
+    self._saved_at = time.monotonic()
 
   def save_best(self, state: TrainState) -> None:
     """Saves the weights of the best epoch so far."""
-    _save(self._best, state.weights(), int(state.step))
+    _save(self._best, state.weights(), int(state.epoch))
 
   def restore_last(self, abstract: TrainState, sharding: Sharding) -> TrainState | None:
     """The saved state, laid out by `sharding`; None if there is none.
@@ -61,9 +79,11 @@ class Checkpoints:
     """
     return _restore(self._last, abstract, sharding)
 
-  def restore_best(self, abstract: Weights, sharding: Sharding) -> Weights | None:
-    """The weights of the best epoch; None if no epoch has ended yet."""
-    return _restore(self._best, abstract, sharding)
+  def restore_best(
+    self, abstract: Weights, sharding: Sharding, epoch: int | None = None
+  ) -> Weights | None:
+    """The weights that were best after `epoch`, or so far; None if no epoch has ended yet."""
+    return _restore(self._best, abstract, sharding, epoch)
 
 
 class TrainedModel(NamedTuple):
@@ -86,26 +106,33 @@ def load_trained_model(folder: Path, mesh: Mesh) -> TrainedModel:
   abstract = jax.eval_shape(lambda m, v: init_state(config, info, m, v), statistics, statistics)
   weights = None
   if (folder / "checkpoints").exists():
+    best_epoch = (metrics.read_summary(folder) or {}).get("best_epoch")
     with Checkpoints(folder, read_only=True) as checkpoints:
-      weights = checkpoints.restore_best(abstract.weights(), replicated(mesh))
+      weights = checkpoints.restore_best(abstract.weights(), replicated(mesh), best_epoch)
   if weights is None:
     raise workdir.WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")
   return TrainedModel(config, info, make_model(config, info.num_classes), weights)
 
 
-def _save(manager: ocp.CheckpointManager, tree, step: int) -> None:
-  # A run that was killed after this save comes here again with the same values; orbax refuses to
-  # overwrite a step.
-  if manager.latest_step() != step:
-    manager.save(step, args=ocp.args.StandardSave(tree))
+def _save(manager: ocp.CheckpointManager, tree, label: int) -> None:
+  # A run that was killed after this save comes here again, with the same values up to rounding;
+  # orbax refuses to overwrite.
+  if label not in manager.all_steps():
+    manager.save(label, args=ocp.args.StandardSave(tree))
 
 
-def _restore(manager: ocp.CheckpointManager, abstract, sharding: Sharding):
-  step = manager.latest_step()
-  if step is None:
+def _restore(manager: ocp.CheckpointManager, abstract, sharding: Sharding, label=None):
+  label = manager.latest_step() if label is None else label
+  if label is None:
     return None
   # Told today's sharding, as the devices may not be those that saved.
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
   )
-  return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+  try:
+    return manager.restore(label, args=ocp.args.StandardRestore(abstract))
+  except (OSError, ValueError, KeyError) as error:
+    raise workdir.WorkdirError(
+      f"the checkpoint {manager.directory / str(label)} can't be read: "
+      f"{(str(error) or repr(error)).splitlines()[0]}"
+    ) from error

@@ -226,7 +226,9 @@ def _damaged_json(folder):
 
 def _prepare(builder, data_config):
   """Has TFDS write the dataset to disk, from its archive or URL. TFDS does so atomically."""
+  import requests
   import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
   if data_config.archive:
     _use_archive(builder, data_config)
@@ -248,6 +250,9 @@ def _prepare(builder, data_config):
       f'builder.download_and_prepare(file_format="array_record"), and copy the result to '
       f"{builder.data_path}."
     ) from error
+  except (requests.RequestException, NonMatchingChecksumError) as error:
+    # A download that broke off, or a proxy's page instead of the archive.
+    raise _unreachable(builder, data_config, _first_line(error)) from error
   except Exception as error:
     raise DataError(f"{builder.name} could not be prepared: {_first_line(error)}") from error
 
@@ -290,15 +295,19 @@ def _require_reachable(builder, data_config, timeout=8):
   thread.start()
   thread.join(timeout)
   if answer[0]:
-    ways_out = (
-      "a folder where TFDS has prepared it:  --config.data.data_dir=DIR (or TFDS_DATA_DIR=DIR)",
-      "its archive, if you have it on disk:  --config.data.archive=FILE (cifar10, cifar100)",
-      f"the embedded dataset:                 --config.data.name={_EMBEDDED}",
-    )
-    raise UnreachableError(
-      f"{builder.name} is not prepared in {_data_dir(data_config)}, and {url} can't be reached "
-      f"({answer[0]}).\nThree ways out:\n  " + "\n  ".join(ways_out)
-    )
+    raise _unreachable(builder, data_config, f"{url} can't be reached ({answer[0]}).")
+
+
+def _unreachable(builder, data_config, reason) -> UnreachableError:
+  ways_out = (
+    "a folder with it, from TFDS:  --config.data.data_dir=DIR (or TFDS_DATA_DIR=DIR)",
+    "its archive, if on disk:      --config.data.archive=FILE (cifar10, cifar100)",
+    f"the embedded dataset:         --config.data.name={_EMBEDDED}",
+  )
+  return UnreachableError(
+    f"{builder.name} is not prepared in {_data_dir(data_config)}, and {reason}\n"
+    "Three ways out:\n  " + "\n  ".join(ways_out)
+  )
 
 
 def _first_line(error):
@@ -430,7 +439,7 @@ def prefetch(
 
 
 def show(config: ConfigDict, output: str) -> None:
-  """Draws test images with their labels, and one as the model gets it: resized and cut in patches.
+  """Draws validation images with their labels, and one resized and cut in patches for the model.
 
   Args:
     config: a whole configuration, with `model.image_size` and `model.patch_size` in pixels.
@@ -448,15 +457,15 @@ def show(config: ConfigDict, output: str) -> None:
   if size % patch:
     raise ValueError(f"--config.model.image_size={size} is no multiple of patch_size={patch}")
   data_config = resolve(config.data)
-  dataset = load(data_config, size, splits=("test",))
-  images, labels = dataset.test.images[:32], dataset.test.labels[:32]
+  dataset = load(data_config, size, splits=("validation",))
+  images, labels = dataset.validation.images[:32], dataset.validation.labels[:32]
   resized = Image.fromarray(images[0].squeeze()).resize((size, size), Image.Resampling.BILINEAR)
   names = [dataset.class_names[label].replace("_", " ") for label in labels]
 
   figure = plt.figure(figsize=(15, 5.6), layout="constrained")
   left, right = figure.subfigures(1, 2, width_ratios=(9, 6))
   height, width, _ = images.shape[1:]
-  left.suptitle(f"{dataset.name}: test images, {height}x{width} pixels")
+  left.suptitle(f"{dataset.name}: validation images, {height}x{width} pixels")
   for axes, image, name in zip(left.subplots(4, 8).flat, images, names, strict=False):
     axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
     axes.set_title(name, fontsize=8)

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from train import data, flags, mesh
+from train import data, flags
+from train.check import ConfigError
+from train.mesh import by_example, make_mesh, microbatch_size, use_every_core
 from train.state import Sums, Weights
 from train.step import eval_step
 from train.workdir import WorkdirError, read_config
@@ -32,7 +34,7 @@ def evaluate(
   weights: Weights,
   split: data.Split,
   batch_size: int,
-  on: Mesh,
+  mesh: Mesh,
   after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
   """Loss, accuracy and top5 (fractions) over a split, every image counted once.
@@ -42,7 +44,7 @@ def evaluate(
     after_batch: called after each batch; what it raises ends the evaluation.
   """
   total = Sums.zero()
-  for batch in data.prefetch(data.batches(split, batch_size), mesh.by_example(on)):
+  for batch in data.prefetch(data.batches(split, batch_size), by_example(mesh)):
     sums = step(weights.params, weights.mean, weights.variance, batch)
     total = jax.tree.map(jnp.add, total, sums)
     after_batch()
@@ -61,17 +63,20 @@ def main() -> None:
     from train import checkpoint  # late: orbax takes seconds, a wrong flag none
 
     config = read_config(arguments.workdir)
-    mesh.use_every_core(config.batch_size)
-    devices = mesh.make_mesh()
-    trained = checkpoint.load_trained_model(arguments.workdir, devices)
+    use_every_core(config.batch_size)
+    mesh = make_mesh()
+    microbatch = microbatch_size(config, mesh)
+    trained = checkpoint.load_trained_model(arguments.workdir, mesh)
     if arguments.data_dir:
       config.data.data_dir = arguments.data_dir
     dataset = data.load(config.data, config.model.image_size, splits=(arguments.split,))
-  except (data.DataError, WorkdirError) as error:
+  except (ConfigError, WorkdirError) as error:
     flags.fail(error, 1)
+  except data.DataError as error:
+    flags.fail(str(error).replace("--config.data.", "--"), 1)
   split = getattr(dataset, arguments.split)
-  step = make_eval_step(trained.model, mesh.microbatch_size(config, devices), devices)
-  metrics = evaluate(step, trained.weights, split, config.batch_size, devices)
+  step = make_eval_step(trained.model, microbatch, mesh)
+  metrics = evaluate(step, trained.weights, split, config.batch_size, mesh)
   print(json.dumps({"split": arguments.split, "images": len(split), **metrics}))
 
 

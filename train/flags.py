@@ -40,7 +40,7 @@ def fail(error: object, status: int) -> NoReturn:
 
 
 def _read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
-  if not os.path.exists(path.split(":")[0]):
+  if not os.path.isfile(path.split(":")[0]):
     raise ValueError(f"--config {path}: no such file")
   default = _parse_config(path, [])
   keys = _keys(default)
@@ -70,9 +70,10 @@ def _parse_config(path: str, overrides: Sequence[str]) -> ConfigDict:
   holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   try:
     rest = values(argv)[1:]
-  except flags.Error as error:
-    # A failing config file comes with a whole traceback; its last line is the error.
-    raise ValueError(str(error).strip().splitlines()[-1].strip()) from error
+  except Exception as error:
+    # What a config file raises comes with a whole traceback; its last line is the error.
+    message = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+    raise ValueError(message if overrides else f"--config {path}: {message}") from error
   if rest:
     raise ValueError(f"unknown argument {rest[0]!r}")
   return holder.value.copy_and_resolve_references()

@@ -1,6 +1,11 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next step, so that nothing is lost."""
+"""What ends a run early: a signal, or a loss that is no longer a number."""
 
+import os
 import signal
+
+
+class TrainingFailed(Exception):
+  """Nothing can come of this run. The message says why, and what to change."""
 
 
 class Interrupted(Exception):
@@ -30,15 +35,21 @@ class StopRequest:
   def __exit__(self, *exception) -> None:
     self._restore_handlers()
 
+  @property
+  def received(self) -> bool:
+    """Whether a signal has arrived."""
+    return self._signum is not None
+
   def check(self) -> None:
-    """Raises Interrupted if a signal has arrived since."""
-    if self._signum is not None:
+    """Raises Interrupted if a signal has arrived."""
+    if self.received:
       raise Interrupted(self._signum)
 
   def _request(self, signum: int, frame) -> None:
     del frame
     self._signum = signum
     self._restore_handlers()
+    os.write(2, b"\nstopping at the next step\n")  # print is not safe in a signal handler
 
   def _restore_handlers(self) -> None:
     for signum, handler in self._previous.items():

@@ -4,6 +4,7 @@ import functools
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -13,14 +14,10 @@ from ml_collections import ConfigDict
 from train import data, metrics, optimizer, workdir
 from train.checkpoint import Checkpoints
 from train.evaluate import evaluate, make_eval_step
-from train.interrupt import Interrupted, StopRequest
+from train.interrupt import StopRequest, TrainingFailed
 from train.mesh import by_example, make_mesh, microbatch_size, replicated
 from train.state import Sums, TrainState, channel_statistics, init_state, make_model
 from train.step import train_step
-
-
-class TrainingFailed(Exception):
-  """Nothing can come of this run. The message says why, and what to change."""
 
 
 def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
@@ -32,8 +29,9 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   Returns:
     What summary.json holds: the test metrics of the best epoch's weights, and figures of the run.
   Raises:
-    ValueError: the batch does not fit the devices, or the folder holds a run with another config.
+    ConfigError: the batch does not fit the devices.
     DataError: the dataset is out of reach or broken.
+    WorkdirError: the folder can't be used, or holds a run with another config.
     Interrupted: a signal asked the run to stop; its state is saved.
     TrainingFailed: the loss is no longer a number.
   """
@@ -48,18 +46,13 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   dataset = data.load(config.data, config.model.image_size)
   mean, variance = channel_statistics(dataset.train.images)
 
-  # What is trained, and by what.
   model = make_model(config, info.num_classes)
   adamw = optimizer.make_optimizer(config.optimizer)
   plateau = optimizer.make_plateau(config.plateau)
+  best_mode = optimizer.BEST[config.best_metric]
   init = functools.partial(init_state, config, info, mean, variance)
   abstract = jax.eval_shape(init)
   steps_per_epoch = data.num_batches(len(dataset.train), config.batch_size)
-
-  def finished(state: TrainState) -> bool:
-    return int(state.epoch) == config.epochs or optimizer.should_stop(
-      state.best, int(state.epoch), config.early_stop_patience
-    )
 
   with StopRequest() as stop, Checkpoints(folder) as checkpoints:
     state = checkpoints.restore_last(abstract, replicated(mesh))
@@ -67,6 +60,8 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
       state = jax.jit(init, out_shardings=replicated(mesh))()
     else:
       print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
+    batch = next(data.prefetch(data.batches(dataset.train, config.batch_size), by_example(mesh)))
+    # Compiled ahead of the first step: what it needs is known, and printed, before it runs.
     step = _compile(
       functools.partial(
         train_step,
@@ -77,79 +72,73 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
         mesh=mesh,
       ),
       state,
-      next(data.prefetch(data.batches(dataset.train, config.batch_size), by_example(mesh))),
+      batch,
     )
     eval_step = make_eval_step(model, microbatch, mesh)
     _print_header(config, info, state, mesh, microbatch, step)
 
+    def between_steps(state: TrainState) -> None:
+      if stop.received or checkpoints.seconds_since_last > config.checkpoint_seconds:
+        checkpoints.save_last(state)
+      stop.check()
+
     progress = metrics.Progress(config.epochs * steps_per_epoch, int(state.step), config.batch_size)
     writer = metrics.Writer(folder, int(state.epoch), f"{config.model.name} on {info.name}")
     with writer, progress:
-      saved_at = time.monotonic()
-      try:
-        while not finished(state):
-          epoch = int(state.epoch) + 1
-          progress.description = f"epoch {epoch}/{config.epochs}"
-          start = int(state.step) - (epoch - 1) * steps_per_epoch
-          order = data.batches(
-            dataset.train, config.batch_size, seed=config.seed, epoch=epoch, start=start
-          )
-          began = time.perf_counter()
-          under_way = deque()
-          for batch in data.prefetch(order, by_example(mesh)):
-            state, sums = step(state, batch)
-            under_way.append(sums)
-            if len(under_way) > 1:  # one step runs and one waits, so that a signal is soon obeyed
-              jax.block_until_ready(under_way.popleft())
-            progress.update()
-            stop.check()
-            if time.monotonic() - saved_at > config.checkpoint_seconds:
-              checkpoints.save_last(state)
-              saved_at = time.monotonic()
-          train = state.sums.means()
-          train_seconds = time.perf_counter() - began
-          val = evaluate(
-            eval_step, state.weights(), dataset.validation, config.batch_size, mesh, stop.check
-          )
-          row = {
-            "epoch": epoch,
-            "step": int(state.step),
-            **{f"train_{name}": value for name, value in train.items()},
-            **{f"val_{name}": value for name, value in val.items()},
-            "learning_rate": config.optimizer.learning_rate * float(state.plateau.scale),
-            "images_per_second": (len(dataset.train) - start * config.batch_size) / train_seconds,
-            "seconds": time.perf_counter() - began,
-          }
-          writer.epoch(row)
-          progress.write(metrics.format_epoch(row, config.epochs))
-          if not math.isfinite(train["loss"] + val["loss"]):
-            raise TrainingFailed(
-              f"the loss was no number in epoch {epoch}: training diverged. Try a smaller "
-              f"--config.optimizer.learning_rate than {config.optimizer.learning_rate}."
-            )
+      while not _finished(state, config):
+        epoch = int(state.epoch) + 1
+        progress.description = f"epoch {epoch}/{config.epochs}"
+        began = time.perf_counter()
+        start = int(state.step) - (epoch - 1) * steps_per_epoch
+        batches = data.batches(
+          dataset.train, config.batch_size, seed=config.seed, epoch=epoch, start=start
+        )
+        batches = data.prefetch(batches, by_example(mesh))
+        state = _train_epoch(state, step, batches, progress, between_steps)
+        train = state.sums.means()
+        train_seconds = time.perf_counter() - began
+        seen = max(0, len(dataset.train) - start * config.batch_size)  # since this process began
 
-          state = state.replace(
-            epoch=state.epoch + 1,
-            sums=Sums.zero(),
-            plateau=optimizer.end_of_epoch(plateau, state.plateau, val["loss"]),
-            best=optimizer.update_best(
-              state.best, row[config.best_metric], epoch, optimizer.BEST[config.best_metric]
-            ),
-          )
-          state = jax.device_put(state, replicated(mesh))
-          if int(state.best.epoch) == epoch:
-            checkpoints.save_best(state)
-          checkpoints.save_last(state)
-          saved_at = time.monotonic()
-      except Interrupted:
+        val = evaluate(
+          eval_step,
+          state.weights(),
+          dataset.validation,
+          config.batch_size,
+          mesh,
+          after_batch=functools.partial(between_steps, state),
+        )
+        progress.skip_pause()
+        row = {
+          "epoch": epoch,
+          "step": int(state.step),
+          **{f"train_{name}": value for name, value in train.items()},
+          **{f"val_{name}": value for name, value in val.items()},
+          "learning_rate": config.optimizer.learning_rate * float(state.plateau.scale),
+          "images_per_second": seen / train_seconds,
+          "seconds": time.perf_counter() - began,
+        }
+        writer.epoch(row)
+        progress.write(metrics.format_epoch(row, config.epochs))
+
+        state = state.replace(
+          epoch=state.epoch + 1,
+          sums=Sums.zero(),
+          plateau=optimizer.end_of_epoch(plateau, state.plateau, val["loss"]),
+          best=optimizer.update_best(state.best, row[config.best_metric], epoch, best_mode),
+        )
+        state = jax.device_put(state, replicated(mesh))
+        if int(state.best.epoch) == epoch:
+          checkpoints.save_best(state)
         checkpoints.save_last(state)
-        raise
 
-      best = checkpoints.restore_best(abstract.weights(), replicated(mesh))
-      test = evaluate(eval_step, best, dataset.test, config.batch_size, mesh, stop.check)
+      best_epoch = int(state.best.epoch)
+      best = checkpoints.restore_best(abstract.weights(), replicated(mesh), best_epoch)
+      test = evaluate(
+        eval_step, best, dataset.test, config.batch_size, mesh, after_batch=stop.check
+      )
       summary = {
         **{f"test_{name}": value for name, value in test.items()},
-        "best_epoch": int(state.best.epoch),
+        "best_epoch": best_epoch,
         "epochs": int(state.epoch),
         "parameters": _count(state.params),
         "stopped_early": int(state.epoch) < config.epochs,
@@ -159,13 +148,46 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   return summary
 
 
-def _compile(step, state: TrainState, batch: dict) -> jax.stages.Compiled:
-  """Compiles ahead of the first step: what it needs is known, and printed, before it runs."""
+def _train_epoch(
+  state: TrainState,
+  step: Callable,
+  batches: Iterable[dict],
+  progress: metrics.Progress,
+  after_step: Callable[[TrainState], None],
+) -> TrainState:
+  under_way = deque()
+  for batch in batches:
+    state, sums = step(state, batch)
+    under_way.append(sums.loss)
+    if len(under_way) > 1:  # one step runs and one waits, so that a signal is soon obeyed
+      if not math.isfinite(under_way.popleft()):
+        raise TrainingFailed(
+          f"the loss is no number after step {int(state.step)}: training diverged. Try a smaller "
+          "--config.optimizer.learning_rate, in another --workdir."
+        )
+    progress.update()
+    after_step(state)
+  return state
+
+
+def _finished(state: TrainState, config: ConfigDict) -> bool:
+  epoch = int(state.epoch)
+  return epoch == config.epochs or optimizer.should_stop(
+    state.best, epoch, config.early_stop_patience
+  )
+
+
+def _compile(step: Callable, state: TrainState, batch: dict) -> jax.stages.Compiled:
   return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
 
 
 def _print_header(
-  config: ConfigDict, info: data.DatasetInfo, state: TrainState, mesh: Mesh, microbatch: int, step
+  config: ConfigDict,
+  info: data.DatasetInfo,
+  state: TrainState,
+  mesh: Mesh,
+  microbatch: int,
+  step: jax.stages.Compiled,
 ) -> None:
   device = mesh.devices.flat[0]
   memory = step.memory_analysis()
@@ -178,11 +200,12 @@ def _print_header(
   share = config.batch_size // mesh.size
   sizes = ", ".join(f"{size:,} {split}" for split, size in info.sizes.items())
   print(
-    f"model       {config.model.name}, {_count(state.params):,} parameters, {config.dtype}\n"
-    f"data        {info.name}: {info.num_classes} classes; images: {sizes}\n"
-    f"devices     {mesh.size} x {device.platform} ({device.device_kind})\n"
-    f"batch       {config.batch_size} images, {share} on each device, {microbatch} at a time\n"
-    f"memory      {needed / 2**20:,.0f} MiB on each device for a training step",
+    f"model    {config.model.name}, {_count(state.params):,} parameters, {config.dtype}\n"
+    f"data     {info.name}, {info.num_classes} classes\n"
+    f"images   {sizes}\n"
+    f"devices  {mesh.size} x {device.device_kind}\n"
+    f"batch    {config.batch_size} images, {share} on each device, {microbatch} at a time\n"
+    f"memory   {needed / 2**20:,.0f} MiB on each device for a training step",
     flush=True,
   )
 

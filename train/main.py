@@ -12,7 +12,7 @@ import jax
 
 from train import check, flags, mesh
 from train.data import DataError
-from train.interrupt import Interrupted
+from train.interrupt import Interrupted, TrainingFailed
 from train.workdir import WorkdirError
 
 _OUT_OF_MEMORY = """out of memory. Three knobs help:
@@ -44,8 +44,10 @@ def main() -> None:
     flags.fail("stopped by SIGINT", 130)
   except check.ConfigError as error:
     flags.fail(error, 2)
-  except (DataError, WorkdirError, loop.TrainingFailed) as error:
+  except (DataError, WorkdirError, TrainingFailed) as error:
     flags.fail(error, 1)
+  except OSError as error:  # a full disk, a folder that may not be written
+    flags.fail(f"{error.filename or folder}: {error.strerror or error}", 1)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

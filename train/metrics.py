@@ -25,6 +25,8 @@ from matplotlib.ticker import MaxNLocator
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from train.workdir import write_atomically
+
 EPOCH_KEYS = (
   "epoch",
   "step",
@@ -74,7 +76,7 @@ class Writer:
     self._workdir.mkdir(parents=True, exist_ok=True)
     self._metrics = self._workdir / "metrics.jsonl"
     self._rows = [row for row in read(self._workdir) if row["epoch"] <= resume_epoch]
-    _write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+    write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
     last_step = self._rows[-1]["step"] if self._rows else -1
     self._tensorboard = SummaryWriter(
       str(self._workdir / "tensorboard"),
@@ -97,8 +99,8 @@ class Writer:
 
     Args:
       row: EPOCH_KEYS -> number; accuracies are fractions, `step` counts steps done since the
-        beginning of the run, `seconds` is the time the epoch took. A number that is not finite
-        is written as null.
+        beginning of the run, `seconds` and `images_per_second` are of this process' part of the
+        epoch. A number that is not finite is written as null.
     Raises:
       ValueError: a key is missing or unknown.
     """
@@ -125,7 +127,7 @@ class Writer:
     summary = _to_json(summary, SUMMARY_KEYS)
     if not self._active:
       return
-    _write_atomically(self._workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(self._workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     step = self._rows[-1]["step"] if self._rows else 0
     for key in ("test_loss", "test_accuracy", "test_top5"):
       self._add_scalar(key, summary[key], step)
@@ -273,6 +275,10 @@ class Progress:
     elif self._active:
       self._print_line()
 
+  def skip_pause(self) -> None:
+    """Leaves what has passed since the last `update` out of the rate on plain lines."""
+    self._last_line = (time.monotonic(), self._done)
+
   def write(self, text: str) -> None:
     """Prints to stdout without disturbing the bar."""
     if self._active:
@@ -302,9 +308,3 @@ def _to_json(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]
     key: None if isinstance(value, float) and not math.isfinite(value) else value
     for key, value in items.items()
   }
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text)
-  os.replace(partial, path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from train import augment, data, flags, mesh
 from train.checkpoint import TrainedModel, load_trained_model
@@ -41,17 +41,21 @@ def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
     )
     return jax.nn.softmax(model.apply({"params": weights.params}, x))
 
-  return np.asarray(probabilities(weights, images))
+  labels = np.zeros(len(images), np.int32)  # unknown, and not looked at
+  batches = data.batches(data.Split(images, labels), min(len(images), trained.config.batch_size))
+  answers = [probabilities(weights, b["image"])[b["mask"]] for b in batches]
+  return np.concatenate(answers)
 
 
 def read_image(path: str, shape: Sequence[int]) -> np.ndarray:
   """Any image that Pillow reads -> uint8 of this shape [H, W, C], resized with antialiasing.
 
   Raises:
-    OSError, ValueError: the file is missing, or no image.
+    Exception: the file is missing, or no image; which one depends on Pillow's decoder.
   """
   height, width, channels = shape
   with Image.open(path) as image:
+    image = ImageOps.exif_transpose(image)  # upright, as a camera meant it
     image = image.convert(data.PIL_MODES[channels])
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(shape)
@@ -76,7 +80,7 @@ def main() -> None:
   for path in arguments.images:
     try:
       read[path] = read_image(path, (height or size, width or size, channels))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise what they like
       print(f"{path}: {error}", file=sys.stderr)
   if read:
     answers = predict(trained, np.stack(list(read.values())))

@@ -19,7 +19,7 @@ class Sums(struct.PyTreeNode):
   """What is summed over examples: float32 scalars. Divided by `count` they are the metrics."""
 
   loss: Array  # cross-entropy, in nats
-  correct: Array  # examples whose label has the largest logit
+  correct: Array  # examples whose label has the largest logit; of equal ones the first counts
   top5: Array  # examples whose label is among the five largest logits
   count: Array
 
@@ -72,11 +72,14 @@ def make_model(config: ConfigDict, num_classes: int) -> nn.Module:
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Mean and variance of each channel of uint8 images [N, H, W, C]: float32 [C] each, exact.
 
-  Counts each of the 256 values a channel: no array of floats as large as the images is made.
+  Counts each of the 256 values a channel, a few images at a time: what it makes is small beside
+  the images.
   """
   values = np.arange(256, dtype=np.float64)
-  channels = np.moveaxis(images, -1, 0)
-  counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
+  counts = np.zeros((images.shape[-1], 256), np.int64)
+  for start in range(0, len(images), 1024):
+    channels = np.moveaxis(images[start : start + 1024], -1, 0)
+    counts += [np.bincount(channel.ravel(), minlength=256) for channel in channels]
   shares = counts / counts.sum(1, keepdims=True)
   mean = shares @ values
   variance = shares @ values**2 - mean**2

@@ -118,7 +118,8 @@ def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
   """
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
-  better = (~(logits <= label_logits)).sum(axis=1)  # a NaN is better than the label: no hit
+  ties_before = (logits == label_logits) & (jnp.arange(logits.shape[1]) < labels[:, None])
+  better = (~(logits <= label_logits) | ties_before).sum(axis=1)  # NaN is better: never a hit
   total = functools.partial(jnp.sum, where=mask, dtype=jnp.float32)
   return Sums(total(losses), total(better < 1), total(better < 5), total(mask))
 

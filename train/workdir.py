@@ -9,8 +9,15 @@ from ml_collections import ConfigDict
 
 from train.data import DatasetInfo
 
-# Where the data lies is no part of what a run is: it may be continued on another machine.
-_FREE_TO_DIFFER = ("data.data_dir", "data.archive")
+# What changes nothing but where and how fast a run is computed: it may go on on another machine.
+_FREE_TO_DIFFER = (
+  "checkpoint_seconds",
+  "cpu_microbatch",
+  "data.archive",
+  "data.data_dir",
+  "data.fallback",
+  "microbatch",
+)
 
 
 class WorkdirError(ValueError):
@@ -18,30 +25,36 @@ class WorkdirError(ValueError):
 
 
 def claim(workdir: Path, config: ConfigDict, info: DatasetInfo) -> None:
-  """Makes `workdir` this run's: writes both files, or finds the same config there.
+  """Makes `workdir` this run's: writes both files, or finds the same content there.
+
+  A run that has saved no checkpoint yet has nothing to lose, and is replaced.
 
   Raises:
-    WorkdirError: the folder belongs to a run with another config (the differences are listed), or
-      holds files but no config.json, or can't be written.
+    WorkdirError: the folder belongs to a run with another config or dataset (the differences are
+      listed), or holds files but no config.json, or can't be written.
   """
-  path = workdir / "config.json"
-  if path.exists():
-    # Through JSON, where a tuple is a list.
-    differences = _differences(_flat(_read(path)), _flat(json.loads(config.to_json())))
-    if differences:
-      raise WorkdirError(
-        f"{workdir} holds a run with another config: choose another --workdir, or undo\n"
-        + "\n".join(f"  {line}" for line in differences)
-      )
-    return
+  run = {  # through JSON, where a tuple is a list
+    "config.json": json.loads(config.to_json()),
+    "dataset.json": json.loads(json.dumps(dataclasses.asdict(info))),
+  }
   try:
+    if any((workdir / "checkpoints" / "last").glob("[0-9]*")):
+      differences = []
+      for name, content in run.items():
+        differences += _differences(_flat(_read(workdir / name)), _flat(content))
+      if differences:
+        raise WorkdirError(
+          f"{workdir} holds a run with another config: choose another --workdir, or undo\n"
+          + "\n".join(f"  {line}" for line in differences)
+        )
+      return
     workdir.mkdir(parents=True, exist_ok=True)
-    if any(workdir.iterdir()):
+    if any(workdir.iterdir()) and not (workdir / "config.json").exists():
       raise WorkdirError(f"{workdir} holds files but no config.json: choose an empty --workdir")
-    _write(workdir / "dataset.json", dataclasses.asdict(info))
-    _write(path, json.loads(config.to_json()))
+    for name, content in run.items():
+      write_atomically(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
-    raise WorkdirError(f"--workdir {workdir} can't be written: {error.strerror}") from None
+    raise WorkdirError(f"--workdir {workdir} can't be used: {error.strerror}") from None
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -90,7 +103,8 @@ def _read(path: Path):
     raise WorkdirError(f"{path} is damaged: {error}") from None
 
 
-def _write(path: Path, content) -> None:
+def write_atomically(path: Path, text: str) -> None:
+  """Writes a text file as a whole or, if the process is killed, not at all."""
   partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(content, indent=2) + "\n")
+  partial.write_text(text)
   os.replace(partial, path)
