@@ -45,8 +45,9 @@ def evaluate(
   """
   total = Sums.zero()
   for batch in data.prefetch(data.batches(split, batch_size), by_example(mesh)):
-    sums = step(weights.params, weights.mean, weights.variance, batch)
+    before, sums = total, step(weights.params, weights.mean, weights.variance, batch)
     total = jax.tree.map(jnp.add, total, sums)
+    jax.block_until_ready(before)  # no more than one batch ahead, so that `after_batch` is in time
     after_batch()
   return total.means()
 

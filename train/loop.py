@@ -43,6 +43,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   if summary := metrics.read_summary(folder):
     print(f"{folder} holds a finished run; another --workdir starts a new one.")
     return summary
+  print(f"Reading {info.name} and compiling {config.model.name} takes a moment.", flush=True)
   dataset = data.load(config.data, config.model.image_size)
   mean, variance = channel_statistics(dataset.train.images)
 
@@ -132,6 +133,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
         checkpoints.save_last(state)
 
       best_epoch = int(state.best.epoch)
+      progress.write(f"Testing the weights of epoch {best_epoch}.")
       best = checkpoints.restore_best(abstract.weights(), replicated(mesh), best_epoch)
       test = evaluate(
         eval_step, best, dataset.test, config.batch_size, mesh, after_batch=stop.check

@@ -4,7 +4,6 @@ python -m train.main --config configs/MODEL.py [--workdir DIR] [--config.KEY=VAL
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def main() -> None:
   try:
     check.check_config(config)
     mesh.use_every_core(config.batch_size)
-    from train import loop  # late: all that is imported costs seconds, a wrong flag none
+    from train import loop, metrics  # late: what they import costs seconds, a wrong flag none
 
     folder = arguments.workdir or Path(f"runs/{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     summary = loop.train_and_evaluate(config, folder)
@@ -52,12 +51,7 @@ def main() -> None:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     flags.fail(_OUT_OF_MEMORY, 1)
-  print(
-    f"test        loss {summary['test_loss']:.3f}, top-1 {summary['test_accuracy']:.2%}, "
-    f"top-5 {summary['test_top5']:.2%}, with the weights of epoch {summary['best_epoch']}\n"
-    f"curves      {os.path.join(folder, 'curves.png')}\n"
-    f"numbers     {os.path.join(folder, 'metrics.jsonl')}, {os.path.join(folder, 'summary.json')}"
-  )
+  print(metrics.format_summary(summary, folder))
 
 
 if __name__ == "__main__":

@@ -229,6 +229,17 @@ def format_epoch(row: Mapping[str, Any], epochs: int) -> str:
   )
 
 
+def format_summary(summary: Mapping[str, Any], workdir: str | os.PathLike) -> str:
+  """Three lines for the terminal: the test metrics, and where the rest is."""
+  top1, top5 = 100 * summary["test_accuracy"], 100 * summary["test_top5"]
+  return (
+    f"test     loss {summary['test_loss']:.3f}  top-1 {top1:.2f} %  top-5 {top5:.2f} %"
+    f"  (best epoch: {summary['best_epoch']})\n"
+    f"curves   {os.path.join(workdir, 'curves.png')}\n"
+    f"numbers  {os.path.join(workdir, 'metrics.jsonl')}, summary.json, tensorboard/"
+  )
+
+
 class Progress:
   """Images per second and time left: a bar on a terminal, now and then a line elsewhere.
 
