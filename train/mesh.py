@@ -29,6 +29,10 @@ def use_every_core(batch_size: int) -> None:
   cores = len(affinity(0)) if affinity else os.cpu_count() or 1
   devices = next(n for n in range(cores, 0, -1) if batch_size % n == 0)
   jax.config.update("jax_num_cpu_devices", devices)
+  # XLA ends the process if one device waits 40 s for another at the sum of the gradients: a step of
+  # Perceiver on a busy machine, or a laptop's lid.
+  patience = "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
 
 
 def make_mesh() -> Mesh:
