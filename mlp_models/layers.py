@@ -83,7 +83,7 @@ class PositionEmbedding(nn.Module):
 # Whether an element is kept is a pure function of (key, layer, the example's position in the global
 # batch, the element's index in the example), so neither devices nor microbatches change a mask. The
 # bits come from an integer hash and not from `jax.random`: XLA fuses it into the product, where
-# threefry costs ten times as much on a CPU (DESIGN.md, decision 8).
+# threefry takes several times as long as the product itself on a CPU.
 
 
 def mix(x: Array) -> Array:
