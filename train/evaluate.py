@@ -73,6 +73,8 @@ def main() -> None:
     dataset = data.load(config.data, config.model.image_size, splits=(arguments.split,))
   except (ConfigError, WorkdirError) as error:
     flags.fail(error, 1)
+  except data.UnreachableError as error:
+    flags.fail(f"{str(error).splitlines()[0]} Say where it is with --data_dir.", 1)
   except data.DataError as error:
     flags.fail(str(error).replace("--config.data.", "--"), 1)
   split = getattr(dataset, arguments.split)

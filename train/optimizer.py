@@ -98,7 +98,7 @@ def update_best(best: Best, value: Any, epoch: Any, mode: Mode) -> Best:
   )
 
 
-def should_stop(best: Best, epoch: int, patience: int | None) -> bool:
+def should_stop(best: Best, epoch: int, patience: int) -> bool:
   """Whether `epoch` was the `patience`th in a row without improvement; never if patience is 0.
 
   Follows Keras' EarlyStopping with min_delta 0.
