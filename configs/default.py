@@ -19,6 +19,9 @@ def get_config() -> ConfigDict:
   # None: a device's whole share of the batch; on a CPU core `cpu_microbatch` at most.
   config.microbatch = config_dict.placeholder(int)
   config.cpu_microbatch = 8  # so few that their activations stay in a core's cache
+  # Steps in one dispatch: more where a step takes less time than the host needs to start it. A
+  # signal waits until they are done.
+  config.steps_per_call = 1
   config.dtype = "float32"  # of activations and matrix products, or "bfloat16"; weights are float32
 
   config.data = ConfigDict()

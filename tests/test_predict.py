@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from train import checkpoint, data, evaluate, metrics, predict
+from train.step import make_eval_step
 
 
 def run(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
@@ -51,7 +52,7 @@ def test_evaluation_counts_every_image_once(finished_run, devices):
   mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
   trained = checkpoint.load_trained_model(finished_run, mesh)
   split = data.load(smoke_config().data, 32, splits=("test",)).test
-  step = evaluate.make_eval_step(trained.model, 4, mesh)
+  step = make_eval_step(trained.model, 4, mesh)
   result = evaluate.evaluate(step, trained.weights, split, 96, mesh)  # 500 = 5 x 96 + 20
   expected = metrics.read_summary(finished_run)
   assert result["accuracy"] == expected["test_accuracy"]

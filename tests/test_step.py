@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 import mlp_models
 from train import augment, optimizer
-from train.data import DatasetInfo
+from train.data import DatasetInfo, stack
 from train.mesh import DATA, by_example, replicated
 from train.state import Sums, channel_statistics, init_state, make_model
-from train.step import eval_step, sum_metrics, train_step
+from train.step import make_eval_step, make_train_step, sum_metrics
 
 BATCH = 32
 INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {})
@@ -42,24 +42,15 @@ def new_state(config):
   return init_state(config, INFO, np.full(3, 127.0), np.full(3, 5400.0))
 
 
-def run_steps(config, devices: int, microbatch: int, batches: list[dict]):
+def run_steps(config, devices: int, microbatch: int, batches: list[dict], state=None):
   """Losses of each step and the last state, on a mesh of so many devices."""
   mesh = mesh_of(devices)
-  step = jax.jit(
-    functools.partial(
-      train_step,
-      model=make_model(config, 100),
-      optimizer=optimizer.make_optimizer(config.optimizer),
-      augmentation=config.augment.to_dict(),
-      microbatch=microbatch,
-      mesh=mesh,
-    )
-  )
-  state = jax.device_put(new_state(config), replicated(mesh))
+  step = make_train_step(config, 100, microbatch, mesh)
+  state = jax.device_put(state or new_state(config), replicated(mesh))
   losses = []
-  for batch in batches:
-    state, sums = step(state, jax.device_put(batch, by_example(mesh)))
-    losses.append(sums.means()["loss"])
+  for call in stack(iter(batches), config.steps_per_call):
+    state, sums = step(state, jax.device_put(call, by_example(mesh, axis=1)))
+    losses += (sums.loss / sums.count).tolist()
   return losses, jax.device_get(state)
 
 
@@ -82,6 +73,17 @@ def test_losses_do_not_depend_on_devices_or_microbatch(name, devices, microbatch
   losses, _ = run_steps(smoke_config(name), devices, microbatch, [noise_batch(0), noise_batch(1)])
   np.testing.assert_allclose(losses, losses_on_one_device(name), rtol=2e-5)
   assert losses[0] != losses[1]
+
+
+def test_several_steps_in_one_call_are_those_steps():
+  config = smoke_config("gmlp")
+  batches = [noise_batch(i) for i in range(5)]
+  one_by_one, state = run_steps(config, 2, 4, batches)
+  config.steps_per_call = 3
+  losses, after = run_steps(config, 2, 4, batches)
+  np.testing.assert_allclose(losses, one_by_one, rtol=1e-5)
+  assert after.step == state.step == 5
+  np.testing.assert_allclose(after.sums.loss, state.sums.loss, rtol=1e-5)
 
 
 def test_step_equals_a_plain_step_over_the_whole_batch():
@@ -145,20 +147,12 @@ def test_same_seed_and_step_repeat_bit_for_bit_and_others_differ():
 def test_plateau_scale_multiplies_the_learning_rate():
   config = smoke_config("fnet")
   config.optimizer.weight_decay = 0.0
-  mesh = mesh_of(1)
-  state = new_state(config)
-  halved = state.replace(plateau=state.plateau._replace(scale=jnp.float32(0.5)))
-  step = functools.partial(
-    train_step,
-    model=make_model(config, 100),
-    optimizer=optimizer.make_optimizer(config.optimizer),
-    augmentation=config.augment.to_dict(),
-    microbatch=BATCH,
-    mesh=mesh,
-  )
-  full, _ = jax.jit(step)(state, noise_batch(0))
-  half, _ = jax.jit(step)(halved, noise_batch(0))
-  before, full, half = (s.params["head"]["kernel"] for s in (state, full, half))
+  states = [new_state(config)]
+  for scale in (1.0, 0.5):
+    state = new_state(config)
+    state = state.replace(plateau=state.plateau._replace(scale=jnp.float32(scale)))
+    states += [run_steps(config, 1, BATCH, [noise_batch(0)], state)[1]]
+  before, full, half = (s.params["head"]["kernel"] for s in states)
   np.testing.assert_allclose(half - before, 0.5 * (full - before), atol=1e-7)
 
 
@@ -180,9 +174,7 @@ def test_eval_step_counts_every_image_once_and_ignores_the_mesh():
     BATCH - 3,
   ]
   for devices, microbatch in ((1, 32), (2, 4), (8, 2)):
-    mesh = mesh_of(devices)
-    step = jax.jit(functools.partial(eval_step, model=model, microbatch=microbatch, mesh=mesh))
-    sums = step(state.params, state.mean, state.variance, batch)
+    sums = make_eval_step(model, microbatch, mesh_of(devices))(state.weights(), batch)
     np.testing.assert_allclose(jax.tree.leaves(sums), expected, rtol=1e-5)
 
 
@@ -198,19 +190,17 @@ def test_sum_metrics_on_logits_made_by_hand():
   assert (float(uniform.correct), float(uniform.top5)) == (1, 5)
 
 
+def compiled_step(config, devices: int, microbatch: int) -> str:
+  """The HLO that XLA makes of the train step."""
+  mesh = mesh_of(devices)
+  state = jax.device_put(new_state(config), replicated(mesh))
+  calls = stack(iter([noise_batch(0)] * config.steps_per_call), config.steps_per_call)
+  batches = jax.device_put(next(calls), by_example(mesh, axis=1))
+  return make_train_step(config, 100, microbatch, mesh).lower(state, batches).compile().as_text()
+
+
 def test_gradients_are_reduced_once_a_step():
-  config = smoke_config("mixer")
-  step = functools.partial(
-    train_step,
-    model=make_model(config, 100),
-    optimizer=optimizer.make_optimizer(config.optimizer),
-    augmentation=config.augment.to_dict(),
-    microbatch=2,
-    mesh=mesh_of(8),
-  )
-  state = jax.device_put(new_state(config), replicated(mesh_of(8)))
-  batch = jax.device_put(noise_batch(0), by_example(mesh_of(8)))
-  hlo = jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()
+  hlo = compiled_step(smoke_config("mixer"), 8, 2)
   assert hlo.count(" all-reduce(") == 1
   assert "input_output_alias" in hlo  # the state is updated in place
 

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import sys
@@ -418,6 +419,12 @@ def batches(
     mask = np.arange(batch_size) < len(rows)
     rows = np.pad(rows, (0, batch_size - len(rows)))
     yield {"image": split.images[rows], "label": split.labels[rows], "mask": mask}
+
+
+def stack(iterator: Iterator[Batch], size: int) -> Iterator[Batch]:
+  """Stacks `size` batches at a time, the last ones fewer: image uint8 [size, B, H, W, C] etc."""
+  while group := list(itertools.islice(iterator, size)):
+    yield {key: np.stack([batch[key] for batch in group]) for key in group[0]}
 
 
 def prefetch(

@@ -6,27 +6,20 @@ Prints one JSON object: split, images, loss, accuracy and top5, the last two as 
 """
 
 import argparse
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from train import data, flags
 from train.check import ConfigError
 from train.mesh import by_example, make_mesh, microbatch_size, use_every_core
 from train.state import Sums, Weights
-from train.step import eval_step
+from train.step import make_eval_step
 from train.workdir import WorkdirError, read_config
-
-
-def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> Callable:
-  """`step.eval_step`, compiled for a model and a mesh."""
-  return jax.jit(functools.partial(eval_step, model=model, microbatch=microbatch, mesh=mesh))
 
 
 def evaluate(
@@ -40,12 +33,12 @@ def evaluate(
   """Loss, accuracy and top5 (fractions) over a split, every image counted once.
 
   Args:
-    step: as `make_eval_step` gives it.
+    step: as `step.make_eval_step` gives it.
     after_batch: called after each batch; what it raises ends the evaluation.
   """
   total = Sums.zero()
   for batch in data.prefetch(data.batches(split, batch_size), by_example(mesh)):
-    before, sums = total, step(weights.params, weights.mean, weights.variance, batch)
+    before, sums = total, step(weights, batch)
     total = jax.tree.map(jnp.add, total, sums)
     jax.block_until_ready(before)  # no more than one batch ahead, so that `after_batch` is in time
     after_batch()

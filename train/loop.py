@@ -1,23 +1,23 @@
 """A whole run, top to bottom."""
 
 import functools
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train import data, metrics, optimizer, workdir
 from train.checkpoint import Checkpoints
-from train.evaluate import evaluate, make_eval_step
+from train.evaluate import evaluate
 from train.interrupt import StopRequest, TrainingFailed
 from train.mesh import by_example, make_mesh, microbatch_size, replicated
 from train.state import Sums, TrainState, channel_statistics, init_state, make_model
-from train.step import train_step
+from train.step import make_eval_step, make_train_step
 
 
 def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
@@ -48,7 +48,6 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   mean, variance = channel_statistics(dataset.train.images)
 
   model = make_model(config, info.num_classes)
-  adamw = optimizer.make_optimizer(config.optimizer)
   plateau = optimizer.make_plateau(config.plateau)
   best_mode = optimizer.BEST[config.best_metric]
   init = functools.partial(init_state, config, info, mean, variance)
@@ -61,24 +60,13 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
       state = jax.jit(init, out_shardings=replicated(mesh))()
     else:
       print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
-    batch = next(data.prefetch(data.batches(dataset.train, config.batch_size), by_example(mesh)))
-    # Compiled ahead of the first step: what it needs is known, and printed, before it runs.
-    step = _compile(
-      functools.partial(
-        train_step,
-        model=model,
-        optimizer=adamw,
-        augmentation=config.augment.to_dict(),
-        microbatch=microbatch,
-        mesh=mesh,
-      ),
-      state,
-      batch,
-    )
+    step = make_train_step(config, info.num_classes, microbatch, mesh)
+    # Compiled ahead of the first call: what it needs is known, and printed, before it runs.
+    compiled = step.lower(state, next(_calls(dataset.train, config, mesh, epoch=1))).compile()
     eval_step = make_eval_step(model, microbatch, mesh)
-    _print_header(config, info, state, mesh, microbatch, step)
+    _print_header(config, info, state, mesh, microbatch, compiled)
 
-    def between_steps(state: TrainState) -> None:
+    def between_calls(state: TrainState) -> None:
       if stop.received or checkpoints.seconds_since_last > config.checkpoint_seconds:
         checkpoints.save_last(state)
       stop.check()
@@ -91,11 +79,8 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
         progress.description = f"epoch {epoch}/{config.epochs}"
         began = time.perf_counter()
         start = int(state.step) - (epoch - 1) * steps_per_epoch
-        batches = data.batches(
-          dataset.train, config.batch_size, seed=config.seed, epoch=epoch, start=start
-        )
-        batches = data.prefetch(batches, by_example(mesh))
-        state = _train_epoch(state, step, batches, progress, between_steps)
+        calls = _calls(dataset.train, config, mesh, epoch, start)
+        state = _train_epoch(state, step, calls, progress, between_calls)
         train = state.sums.means()
         train_seconds = time.perf_counter() - began
         seen = max(0, len(dataset.train) - start * config.batch_size)  # since this process began
@@ -106,7 +91,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
           dataset.validation,
           config.batch_size,
           mesh,
-          after_batch=functools.partial(between_steps, state),
+          after_batch=functools.partial(between_calls, state),
         )
         progress.skip_pause()
         row = {
@@ -150,25 +135,33 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   return summary
 
 
+def _calls(
+  split: data.Split, config: ConfigDict, mesh: Mesh, epoch: int, start: int = 0
+) -> Iterator[dict]:
+  """The batches of an epoch from step `start` on, stacked by `steps_per_call`, on the mesh."""
+  batches = data.batches(split, config.batch_size, seed=config.seed, epoch=epoch, start=start)
+  return data.prefetch(data.stack(batches, config.steps_per_call), by_example(mesh, axis=1))
+
+
 def _train_epoch(
   state: TrainState,
   step: Callable,
-  batches: Iterable[dict],
+  calls: Iterable[dict],
   progress: metrics.Progress,
-  after_step: Callable[[TrainState], None],
+  after_call: Callable[[TrainState], None],
 ) -> TrainState:
   under_way = deque()
-  for batch in batches:
-    state, sums = step(state, batch)
+  for batches in calls:
+    state, sums = step(state, batches)
     under_way.append(sums.loss)
-    if len(under_way) > 1:  # one step runs and one waits, so that a signal is soon obeyed
-      if not math.isfinite(under_way.popleft()):
+    if len(under_way) > 1:  # one call runs and one waits, so that a signal is soon obeyed
+      if not np.isfinite(under_way.popleft()).all():
         raise TrainingFailed(
           f"the loss is no number after step {int(state.step)}: training diverged. Try a smaller "
           "--config.optimizer.learning_rate, in another --workdir."
         )
-    progress.update()
-    after_step(state)
+    progress.update(len(batches["label"]))
+    after_call(state)
   return state
 
 
@@ -179,20 +172,16 @@ def _finished(state: TrainState, config: ConfigDict) -> bool:
   )
 
 
-def _compile(step: Callable, state: TrainState, batch: dict) -> jax.stages.Compiled:
-  return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-
-
 def _print_header(
   config: ConfigDict,
   info: data.DatasetInfo,
   state: TrainState,
   mesh: Mesh,
   microbatch: int,
-  step: jax.stages.Compiled,
+  compiled: jax.stages.Compiled,
 ) -> None:
   device = mesh.devices.flat[0]
-  memory = step.memory_analysis()
+  memory = compiled.memory_analysis()
   needed = (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes

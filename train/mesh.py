@@ -45,9 +45,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def by_example(mesh: Mesh) -> NamedSharding:
-  """The sharding of arrays whose first axis is the batch: each device holds its rows."""
-  return NamedSharding(mesh, PartitionSpec(DATA))
+def by_example(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """The sharding of arrays whose axis `axis` is the batch: each device holds its examples."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
 
 
 def microbatch_size(config, mesh: Mesh) -> int:

@@ -13,13 +13,42 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
 
 from train import augment
 from train.mesh import DATA
-from train.state import Sums, TrainState
+from train.optimizer import make_optimizer
+from train.state import Sums, TrainState, Weights, make_model
 
 Array = jax.Array
 Batch = dict[str, Array]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
+
+
+def make_train_step(config: ConfigDict, num_classes: int, microbatch: int, mesh: Mesh) -> Callable:
+  """`train_step` for a run, jitted: (state, batches) -> (next state, Sums of each step).
+
+  `batches` are the steps of one call, stacked: image [K, B, H, W, C] and so on. One dispatch does
+  all K, one after the other. The state that goes in is donated: it can't be used again.
+  """
+  step = functools.partial(
+    train_step,
+    model=make_model(config, num_classes),
+    optimizer=make_optimizer(config.optimizer),
+    augmentation=config.augment.to_dict(),
+    microbatch=microbatch,
+    mesh=mesh,
+  )
+
+  def steps(state: TrainState, batches: Batch) -> tuple[TrainState, Sums]:
+    single = len(batches["label"]) == 1
+    return jax.lax.scan(step, state, batches, unroll=single)
+
+  return jax.jit(steps, donate_argnums=0)
+
+
+def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> Callable:
+  """`eval_step` for a model and a mesh, jitted: (weights, batch) -> Sums."""
+  return jax.jit(functools.partial(eval_step, model=model, microbatch=microbatch, mesh=mesh))
 
 
 def train_step(
@@ -86,9 +115,7 @@ def train_step(
 
 
 def eval_step(
-  params: dict,
-  mean: Array,
-  variance: Array,
+  weights: Weights,
   batch: Batch,
   *,
   model: nn.Module,
@@ -100,12 +127,15 @@ def eval_step(
   def evaluate(params, examples: Batch, positions: Array):
     del positions
     images = augment.preprocess(
-      examples["image"], mean=mean, variance=variance, image_size=model.image_size
+      examples["image"],
+      mean=weights.mean,
+      variance=weights.variance,
+      image_size=model.image_size,
     )
     logits = model.apply({"params": params}, images)
     return sum_metrics(logits, examples["label"], examples["mask"])
 
-  return _sum_over_batch(evaluate, params, batch, microbatch, mesh)
+  return _sum_over_batch(evaluate, weights.params, batch, microbatch, mesh)
 
 
 def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
