@@ -30,7 +30,8 @@ def create(name: str, **overrides: Any) -> nn.Module:
   Args:
     name: one of MODELS.
     **overrides: fields of the model's class, e.g. `num_classes=10`; `dtype` ("float32" or
-      "bfloat16", also as a dtype) is what it computes in.
+      "bfloat16", also as a dtype) is what it computes in, `remat=True` saves memory in training: a
+      block's inputs are kept, and the rest is computed again for the gradients.
   Returns:
     A Flax module. `model.apply({"params": params}, images, train=False, positions=None)` takes
     float images [B, image_size, image_size, C], normalised, and returns float32 logits
@@ -65,7 +66,10 @@ def _checked(field: str, value: Any, default: Any) -> Any:
       if value in (dtype, jnp.dtype(dtype), dtype.__name__):
         return dtype
     raise ValueError(f"dtype is {value!r}, it must be float32 or bfloat16")
-  if field.endswith("_rate"):
+  if field == "remat":
+    if not isinstance(value, bool):
+      raise ValueError(f"remat is {value!r}, it must be True or False")
+  elif field.endswith("_rate"):
     if not 0 <= value < 1:
       raise ValueError(f"{field} is {value!r}, it must be at least 0 and less than 1")
   elif isinstance(default, tuple):

@@ -57,6 +57,7 @@ class FNet(nn.Module):
   num_classes: int = 100
   dropout_rate: float = 0.2
   dtype: DTypeLike = jnp.float32
+  remat: bool = False
 
   def __post_init__(self):
     layers.check_patches(self.image_size, self.patch_size)
@@ -70,8 +71,9 @@ class FNet(nn.Module):
     x_BxTxP = layers.patches(images_BxHxWxC, self.image_size, self.patch_size)
     x_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
     x_BxTxD = layers.PositionEmbedding(nn.initializers.glorot_uniform(), name="position")(x_BxTxD)
+    block = layers.remat(FNetBlock, self.remat)
     for i in range(self.num_blocks):
-      x_BxTxD = FNetBlock(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD, seeds_B)
+      x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD, seeds_B)
     x_BxD = x_BxTxD.mean(axis=1, dtype=jnp.float32)
     x_BxD = layers.Dropout(self.dropout_rate)(x_BxD, seeds_B)
     return layers.Dense(self.num_classes, dtype=jnp.float32, name="head")(x_BxD)

@@ -42,6 +42,14 @@ def check_residual(name: str, units: Sequence[int], width: int) -> None:
     )
 
 
+def remat(block: type[nn.Module], on: bool) -> type[nn.Module]:
+  """The block, or one that keeps only its inputs and computes the rest again for the gradients.
+
+  Follows Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174).
+  """
+  return nn.remat(block) if on else block
+
+
 def patches(images_BxHxWxC: Array, image_size: int, patch_size: int) -> Array:
   """Cuts images into patches, row by row; a patch is flattened as (height, width, channel).
 

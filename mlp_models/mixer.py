@@ -53,6 +53,7 @@ class Mixer(nn.Module):
   num_classes: int = 100
   dropout_rate: float = 0.2
   dtype: DTypeLike = jnp.float32
+  remat: bool = False
 
   def __post_init__(self):
     layers.check_patches(self.image_size, self.patch_size)
@@ -65,8 +66,9 @@ class Mixer(nn.Module):
     seeds_B = layers.example_seeds(self, len(images_BxHxWxC), positions) if train else None
     x_BxTxP = layers.patches(images_BxHxWxC, self.image_size, self.patch_size)
     x_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
+    block = layers.remat(MixerBlock, self.remat)
     for i in range(self.num_blocks):
-      x_BxTxD = MixerBlock(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD, seeds_B)
+      x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD, seeds_B)
     x_BxD = x_BxTxD.mean(axis=1, dtype=jnp.float32)
     x_BxD = layers.Dropout(self.dropout_rate)(x_BxD, seeds_B)
     return layers.Dense(self.num_classes, dtype=jnp.float32, name="head")(x_BxD)

@@ -116,11 +116,12 @@ class LatentTransformer(nn.Module):
   dropout_rate: float
   attention_dropout_rate: float
   dtype: DTypeLike
+  remat: bool
 
   @nn.compact
   def __call__(self, x_BxLxD: Array, seeds_B: Array | None) -> Array:
     for i in range(self.num_blocks):
-      block = LatentBlock(
+      block = layers.remat(LatentBlock, self.remat)(
         num_heads=self.num_heads,
         ffn_units=self.ffn_units,
         dropout_rate=self.dropout_rate,
@@ -151,6 +152,7 @@ class Perceiver(nn.Module):
   dropout_rate: float = 0.2
   attention_dropout_rate: float = 0.1
   dtype: DTypeLike = jnp.float32
+  remat: bool = False
 
   def __post_init__(self):
     layers.check_patches(self.image_size, self.patch_size)
@@ -166,7 +168,7 @@ class Perceiver(nn.Module):
     data_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
     data_BxTxD = layers.PositionEmbedding(layers.uniform_symmetric, name="position")(data_BxTxD)
 
-    cross = CrossAttention(
+    cross = layers.remat(CrossAttention, self.remat)(
       ffn_units=self.ffn_units,
       dropout_rate=self.dropout_rate,
       attention_dropout_rate=self.attention_dropout_rate,
@@ -180,6 +182,7 @@ class Perceiver(nn.Module):
       dropout_rate=self.dropout_rate,
       attention_dropout_rate=self.attention_dropout_rate,
       dtype=self.dtype,
+      remat=self.remat,
       name="latent",
     )
     keys_BxTxD, values_BxTxD = cross.keys_and_values(data_BxTxD)

@@ -75,6 +75,7 @@ class ViT(nn.Module):
   attention_dropout_rate: float = 0.1
   head_dropout_rate: float = 0.5
   dtype: DTypeLike = jnp.float32
+  remat: bool = False
 
   def __post_init__(self):
     layers.check_patches(self.image_size, self.patch_size)
@@ -92,7 +93,7 @@ class ViT(nn.Module):
     x_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
     x_BxTxD = layers.PositionEmbedding(layers.uniform_symmetric, name="position")(x_BxTxD)
     for i in range(self.num_blocks):
-      block = ViTBlock(
+      block = layers.remat(ViTBlock, self.remat)(
         num_heads=self.num_heads,
         head_dim=self.head_dim,
         mlp_units=self.mlp_units,

@@ -46,6 +46,6 @@ def check_config(config: ConfigDict) -> None:
   require(config.early_stop_patience >= 0, "early_stop_patience", "at least 0 (0: never stop)")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
   try:
-    mlp_models.create(**config.model, dtype=config.dtype)
+    mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
   except (TypeError, ValueError) as error:
     raise ConfigError(f"config.model: {error}") from None

@@ -66,7 +66,9 @@ def make_model(config: ConfigDict, num_classes: int) -> nn.Module:
   Raises:
     ValueError: a size or name in `config.model` is wrong.
   """
-  return mlp_models.create(**config.model, num_classes=num_classes, dtype=config.dtype)
+  return mlp_models.create(
+    **config.model, num_classes=num_classes, dtype=config.dtype, remat=config.remat
+  )
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -43,7 +43,12 @@ def make_train_step(config: ConfigDict, num_classes: int, microbatch: int, mesh:
     single = len(batches["label"]) == 1
     return jax.lax.scan(step, state, batches, unroll=single)
 
-  return jax.jit(steps, donate_argnums=0)
+  options = {}
+  if config.remat and mesh.devices.flat[0].platform == "cpu":
+    # On a CPU, XLA drops the barriers in front of what is computed again, and then finds that it
+    # has computed it before: remat would save nothing.
+    options["xla_disable_hlo_passes"] = "cse_barrier_expander"
+  return jax.jit(steps, donate_argnums=0, compiler_options=options)
 
 
 def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> Callable:

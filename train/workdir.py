@@ -17,6 +17,7 @@ _FREE_TO_DIFFER = (
   "data.data_dir",
   "data.fallback",
   "microbatch",
+  "remat",
   "steps_per_call",
 )
 
