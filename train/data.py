@@ -427,6 +427,14 @@ def stack(iterator: Iterator[Batch], size: int) -> Iterator[Batch]:
     yield {key: np.stack([batch[key] for batch in group]) for key in group[0]}
 
 
+def train_calls(
+  split: Split, config: ConfigDict, sharding: jax.sharding.Sharding, epoch: int, start: int = 0
+) -> Iterator[dict[str, jax.Array]]:
+  """What `step.make_train_step`'s function takes in an epoch, from step `start` on."""
+  iterator = batches(split, config.batch_size, seed=config.seed, epoch=epoch, start=start)
+  return prefetch(stack(iterator, config.steps_per_call), sharding)
+
+
 def prefetch(
   iterator: Iterator[Batch], sharding: jax.sharding.Sharding, size: int = 2
 ) -> Iterator[dict[str, jax.Array]]:

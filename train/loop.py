@@ -3,7 +3,7 @@
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -62,7 +62,8 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
       print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
     step = make_train_step(config, info.num_classes, microbatch, mesh)
     # Compiled ahead of the first call: what it needs is known, and printed, before it runs.
-    compiled = step.lower(state, next(_calls(dataset.train, config, mesh, epoch=1))).compile()
+    calls = functools.partial(data.train_calls, dataset.train, config, by_example(mesh, axis=1))
+    compiled = step.lower(state, next(calls(epoch=1))).compile()
     eval_step = make_eval_step(model, microbatch, mesh)
     _print_header(config, info, state, mesh, microbatch, compiled)
 
@@ -79,8 +80,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
         progress.description = f"epoch {epoch}/{config.epochs}"
         began = time.perf_counter()
         start = int(state.step) - (epoch - 1) * steps_per_epoch
-        calls = _calls(dataset.train, config, mesh, epoch, start)
-        state = _train_epoch(state, step, calls, progress, between_calls)
+        state = _train_epoch(state, step, calls(epoch, start), progress, between_calls)
         train = state.sums.means()
         train_seconds = time.perf_counter() - began
         seen = max(0, len(dataset.train) - start * config.batch_size)  # since this process began
@@ -133,14 +133,6 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
       }
       writer.summary(summary)
   return summary
-
-
-def _calls(
-  split: data.Split, config: ConfigDict, mesh: Mesh, epoch: int, start: int = 0
-) -> Iterator[dict]:
-  """The batches of an epoch from step `start` on, stacked by `steps_per_call`, on the mesh."""
-  batches = data.batches(split, config.batch_size, seed=config.seed, epoch=epoch, start=start)
-  return data.prefetch(data.stack(batches, config.steps_per_call), by_example(mesh, axis=1))
 
 
 def _train_epoch(

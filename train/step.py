@@ -7,6 +7,7 @@ device first and over the devices once a step.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,34 +79,10 @@ def train_step(
   Returns:
     The next state, and the sums over this batch, taken before the update.
   """
-  key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-  augment_key, dropout_key = jax.random.split(key)
-
-  def gradients(params, examples: Batch, positions: Array):
-    images = augment.augment(
-      examples["image"],
-      augment_key,
-      positions,
-      mean=state.mean,
-      variance=state.variance,
-      image_size=model.image_size,
-      **augmentation,
-    )
-
-    def loss(params):
-      logits = model.apply(
-        {"params": params},
-        images,
-        train=True,
-        positions=positions,
-        rngs={"dropout": dropout_key},
-      )
-      sums = sum_metrics(logits, examples["label"], examples["mask"])
-      return sums.loss, sums
-
-    return jax.grad(loss, has_aux=True)(params)
-
-  grads, sums = _sum_over_batch(gradients, state.params, batch, microbatch, mesh)
+  gradients = jax.grad(
+    functools.partial(loss, state=state, model=model, augmentation=augmentation), has_aux=True
+  )
+  grads, sums = sum_over_batch(gradients, state.params, batch, microbatch, mesh)
   grads = jax.tree.map(lambda g: g / sums.count, grads)
   updates, opt_state = optimizer.update(
     grads, state.opt_state, state.params, learning_rate_scale=state.plateau.scale
@@ -117,6 +94,39 @@ def train_step(
     sums=jax.tree.map(jnp.add, state.sums, sums),
   )
   return state, sums
+
+
+def loss(
+  params: dict,
+  examples: Batch,
+  positions: Array,
+  *,
+  state: TrainState,
+  model: nn.Module,
+  augmentation: dict,
+) -> tuple[Array, Sums]:
+  """The summed cross-entropy of augmented examples at the state's step, as such and in the Sums.
+
+  Args:
+    params: of the model; those of the state are not looked at.
+    positions: int32 [B], the examples' places in the global batch.
+  """
+  key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+  augment_key, dropout_key = jax.random.split(key)
+  images = augment.augment(
+    examples["image"],
+    augment_key,
+    positions,
+    mean=state.mean,
+    variance=state.variance,
+    image_size=model.image_size,
+    **augmentation,
+  )
+  logits = model.apply(
+    {"params": params}, images, train=True, positions=positions, rngs={"dropout": dropout_key}
+  )
+  sums = sum_metrics(logits, examples["label"], examples["mask"])
+  return sums.loss, sums
 
 
 def eval_step(
@@ -140,7 +150,7 @@ def eval_step(
     logits = model.apply({"params": params}, images)
     return sum_metrics(logits, examples["label"], examples["mask"])
 
-  return _sum_over_batch(evaluate, weights.params, batch, microbatch, mesh)
+  return sum_over_batch(evaluate, weights.params, batch, microbatch, mesh)
 
 
 def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
@@ -159,8 +169,16 @@ def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
   return Sums(total(losses), total(better < 1), total(better < 5), total(mask))
 
 
-def _sum_over_batch(function: Callable, params: dict, batch: Batch, microbatch: int, mesh: Mesh):
-  """Sums `function(params, examples, positions)` over microbatches, then once over the devices."""
+def sum_over_batch(
+  function: Callable, params: dict, batch: Batch, microbatch: int, mesh: Mesh
+) -> Any:
+  """Sums `function(params, examples, positions)` over microbatches, then once over the devices.
+
+  Args:
+    function: gives a tree of arrays; `examples` are rows of the batch, `positions` int32 [B] their
+      places in it.
+    microbatch: examples that it gets at a time; divides each device's share of the batch.
+  """
 
   def on_each_device(params, batch):
     # Without this the gradient of the replicated params would be summed over the devices in every

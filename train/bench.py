@@ -1,0 +1,432 @@
+"""Measures the training step as training runs it, with input, augmentation, dropout and optimizer.
+
+    python -m train.bench --config configs/MODEL.py [--config.KEY=VALUE ...] [--json]
+    python -m train.bench --config configs/MODEL.py --phases
+    python -m train.bench --config configs/MODEL.py --tune
+    python -m train.bench --config configs/MODEL.py --sweep tokens --output DIR
+    python -m train.bench --all --output DIR
+
+Rates are medians over repeats; how far they lie apart shows what else the machine did.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import mlp_models
+from train import augment, check, data, flags, mesh
+from train.state import TrainState, channel_statistics, init_state, make_model
+from train.step import loss, make_train_step, sum_over_batch
+
+_TOKENS = (64, 256, 1024, 4096)  # of --sweep tokens
+_BATCHES = (16, 32, 64, 128, 256, 512)  # of --sweep batch
+
+
+class Training(NamedTuple):
+  """A run that has done its first step."""
+
+  config: ConfigDict
+  info: data.DatasetInfo
+  mesh: Mesh
+  microbatch: int
+  step: Callable
+  state: TrainState
+  calls: Iterator[dict]  # what `step` takes, on the mesh, without end
+  compile_seconds: float
+  memory: int  # bytes that the compiler plans for a device's temporaries
+
+
+def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training:
+  """Reads the data, unless given, compiles the step and does it once.
+
+  Raises:
+    ConfigError: the batch does not fit the devices.
+    DataError: the dataset is out of reach or broken.
+    MemoryError: a step does not fit a CPU's memory.
+  """
+  devices = mesh.make_mesh()
+  microbatch = mesh.microbatch_size(config, devices)
+  data_config = data.resolve(config.data)
+  info = data.describe(data_config)
+  dataset = dataset or data.load(data_config, config.model.image_size, splits=("train",))
+  init = functools.partial(init_state, config, info, *channel_statistics(dataset.train.images))
+  state = jax.jit(init, out_shardings=mesh.replicated(devices))()
+  sharding = mesh.by_example(devices, axis=1)
+  epochs = (data.train_calls(dataset.train, config, sharding, n) for n in itertools.count(1))
+  calls = itertools.chain.from_iterable(epochs)
+  batches = next(calls)
+  step = make_train_step(config, info.num_classes, microbatch, devices)
+  began = time.perf_counter()
+  compiled = step.lower(state, batches).compile()
+  compile_seconds = time.perf_counter() - began
+  memory = compiled.memory_analysis().temp_size_in_bytes
+  available = psutil.virtual_memory().available
+  if devices.devices.flat[0].platform == "cpu" and memory * devices.size > available:
+    raise MemoryError(
+      f"a step needs {memory * devices.size / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
+    )
+  state, _ = jax.block_until_ready(step(state, batches))
+  return Training(config, info, devices, microbatch, step, state, calls, compile_seconds, memory)
+
+
+def run(training: Training, steps: int) -> tuple[Training, float]:
+  """Trains for about so many steps: the run after them, and the seconds a step took."""
+  per_call = training.config.steps_per_call
+  calls = max(1, steps // per_call)
+  state, sums = training.state, None
+  began = time.perf_counter()
+  for batches in itertools.islice(training.calls, calls):
+    before = sums
+    state, sums = training.step(state, batches)
+    jax.block_until_ready(before)  # one call runs and one waits, as in training
+  jax.block_until_ready(state)
+  seconds = time.perf_counter() - began
+  return training._replace(state=state), seconds / (calls * per_call)
+
+
+def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
+  """The figures of a run; `repeats` times it trains for about `seconds`."""
+  training, once = run(training, 1)
+  steps = max(1, round(seconds / once))
+  times = []
+  for _ in range(repeats):
+    training, once = run(training, steps)
+    times.append(once)
+  config, devices = training.config, training.mesh
+  batch = config.batch_size
+  rate = batch / statistics.median(times)
+  flops = flops_per_image(config, training.info)
+  peak = matmul_peak(devices, config.dtype)
+  return {
+    "model": config.model.name,
+    "params": sum(x.size for x in jax.tree.leaves(training.state.params)),
+    "batch_size": batch,
+    "microbatch": training.microbatch,
+    "devices": devices.size,
+    "platform": devices.devices.flat[0].platform,
+    "dtype": config.dtype,
+    "images_per_second": rate,
+    "images_per_second_min": batch / max(times),
+    "images_per_second_max": batch / min(times),
+    "step_ms": 1e3 * statistics.median(times),
+    "compile_seconds": training.compile_seconds,
+    "flops_per_image": flops,
+    "matmul_peak_gflops": peak,
+    "fraction_of_peak": rate * flops / (peak * 1e9),
+    "peak_memory_bytes": peak_memory(devices),
+  }
+
+
+def flops_per_image(config: ConfigDict, info: data.DatasetInfo) -> float:
+  """Floating-point operations of a training step, by XLA's count before it optimizes.
+
+  Counted for the whole batch at once on one device: XLA counts a loop's body only once.
+  """
+  device = Mesh(np.array(jax.devices()[:1]), (mesh.DATA,))
+  config = config.copy_and_resolve_references()
+  config.steps_per_call = 1
+  config.remat = False  # what is computed twice is no progress
+  batch = config.batch_size
+  channels = info.image_shape[-1]
+  statistics_C = jax.ShapeDtypeStruct((channels,), jnp.float32)
+  state = jax.eval_shape(functools.partial(init_state, config, info), statistics_C, statistics_C)
+  size = [side or config.model.image_size for side in info.image_shape[:2]]
+  batches = {
+    "image": jax.ShapeDtypeStruct((1, batch, *size, channels), jnp.uint8),
+    "label": jax.ShapeDtypeStruct((1, batch), jnp.int32),
+    "mask": jax.ShapeDtypeStruct((1, batch), jnp.bool),
+  }
+  step = make_train_step(config, info.num_classes, batch, device)
+  return step.lower(state, batches).cost_analysis()["flops"] / batch
+
+
+def matmul_peak(devices: Mesh, dtype: str) -> float:
+  """GFLOP/s of a square matrix product on all devices at once, the best of ten."""
+  side = 2048 if devices.devices.flat[0].platform == "cpu" else 8192
+  matrices = jax.device_put(jnp.ones((devices.size, side, side), dtype), mesh.by_example(devices))
+  product = jax.jit(lambda x: x @ x)
+  times = []
+  for _ in range(11):
+    began = time.perf_counter()
+    jax.block_until_ready(product(matrices))
+    times.append(time.perf_counter() - began)
+  return 2 * side**3 * devices.size / min(times[1:]) / 1e9
+
+
+def peak_memory(devices: Mesh) -> int:
+  """Bytes: of the fullest device on an accelerator, of the whole process on a CPU."""
+  if devices.devices.flat[0].platform != "cpu":
+    return max(d.memory_stats()["peak_bytes_in_use"] for d in devices.local_devices)
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def phases(training: Training, repeats: int) -> dict[str, float]:
+  """Milliseconds of a step that each phase takes, as differences between parts of the step.
+
+  `input` is what the step takes longer on fresh batches than on one that lies on the device.
+  """
+  config, devices, microbatch = training.config, training.mesh, training.microbatch
+  state = training.state
+  batches = next(training.calls)
+  model = make_model(config, training.info.num_classes)
+  augmentation = config.augment.to_dict()
+
+  def only_augment(params, examples, positions):
+    images = augment.augment(
+      examples["image"],
+      jax.random.key(0),
+      positions,
+      mean=state.mean,
+      variance=state.variance,
+      image_size=config.model.image_size,
+      **augmentation,
+    )
+    return images.sum(0)
+
+  whole_loss = functools.partial(loss, state=state, model=model, augmentation=augmentation)
+  parts = {
+    "augment": only_augment,
+    "forward": whole_loss,
+    "backward": jax.grad(whole_loss, has_aux=True),
+  }
+
+  def on_the_batch(part: Callable) -> Callable:
+    def sum_parts(params, batches):
+      batch = jax.tree.map(lambda x: x[0], batches)
+      return sum_over_batch(part, params, batch, microbatch, devices)
+
+    return jax.jit(sum_parts)
+
+  functions = {name: on_the_batch(part) for name, part in parts.items()}
+  times = {name: [] for name in (*functions, "optimizer", "input")}
+  for _ in range(repeats + 1):
+    for name, function in functions.items():
+      began = time.perf_counter()
+      jax.block_until_ready(function(state.params, batches))
+      times[name].append(time.perf_counter() - began)
+    # The state of before: the step takes it for its own.
+    copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+    began = time.perf_counter()
+    jax.block_until_ready(training.step(copy, batches))
+    times["optimizer"].append((time.perf_counter() - began) / config.steps_per_call)
+    copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+    _, seconds = run(training._replace(state=copy), 1)
+    times["input"].append(seconds)
+  result, before = {}, 0.0
+  for name, seconds in times.items():
+    median = statistics.median(seconds[1:])  # the first one compiled
+    result[name] = 1e3 * (median - before)
+    before = median
+  return result
+
+
+def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
+  """Images per second by microbatch: all powers of two in a device's share of the batch."""
+  rates = {}
+  share = config.batch_size // mesh.make_mesh().size
+  dataset = _load(config)
+  for microbatch in (2**i for i in range(share.bit_length())):
+    if share % microbatch == 0:
+      config.microbatch = microbatch
+      figures = measure(prepare(config, dataset), repeats, seconds)
+      rates[microbatch] = figures["images_per_second"]
+      print(f"microbatch {microbatch:4}  {rates[microbatch]:8.1f} images/s", flush=True)
+  return rates
+
+
+def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[dict[str, Any]]:
+  """Cost against the number of tokens (patches become smaller) or the batch.
+
+  With tokens, each device computes one image at a time; sizes that the memory at hand can't hold
+  are left out, and said so.
+  """
+  rows = []
+  dataset = _load(config)
+  for value in _TOKENS if over == "tokens" else _BATCHES:
+    config = config.copy_and_resolve_references()
+    if over == "tokens":
+      side = round(value**0.5)
+      config.model.patch_size, rest = divmod(config.model.image_size, side)
+      if rest:
+        print(f"{value} tokens: {config.model.image_size} pixels do not divide by {side}")
+        continue
+      config.microbatch = 1
+      config.batch_size = mesh.make_mesh().size
+    else:
+      config.batch_size = value
+    try:
+      training = prepare(config, dataset)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      print(f"{over} {value:5}  left out: {str(error).splitlines()[0]}", flush=True)
+      continue
+    figures = measure(training, repeats, seconds)
+    row = {
+      over: value,
+      "ms_per_image": figures["step_ms"] / config.batch_size,
+      "images_per_second": figures["images_per_second"],
+      "flops_per_image": figures["flops_per_image"],
+      "temporary_bytes": training.memory,
+    }
+    rows.append(row)
+    print(
+      f"{over} {value:5}  {row['ms_per_image']:9.2f} ms an image  "
+      f"{row['flops_per_image'] / 1e9:8.2f} GFLOP  {row['temporary_bytes'] / 2**20:8.0f} MiB",
+      flush=True,
+    )
+  return rows
+
+
+def _load(config: ConfigDict) -> data.Dataset:
+  return data.load(data.resolve(config.data), config.model.image_size, splits=("train",))
+
+
+def draw_sweep(rows: list[dict[str, Any]], over: str, title: str, path: Path) -> None:
+  """Draws milliseconds and GFLOP an image against the swept size, on logarithmic axes."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+  axes = figure.subplots()
+  sizes = [row[over] for row in rows]
+  axes.plot(sizes, [row["ms_per_image"] for row in rows], marker="o", label="ms an image")
+  axes.plot(
+    sizes, [row["flops_per_image"] / 1e9 for row in rows], marker="s", label="GFLOP an image"
+  )
+  if over == "tokens":
+    first = rows[0]["ms_per_image"]
+    for power, style in ((1, ":"), (2, "--")):
+      line = [first * (size / sizes[0]) ** power for size in sizes]
+      axes.plot(sizes, line, style, color="gray", linewidth=1, label=f"tokens$^{power}$")
+  axes.set(xscale="log", yscale="log", xlabel=over, title=title)
+  axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+  axes.minorticks_off()
+  axes.grid(alpha=0.3)
+  axes.legend(frameon=False)
+  figure.savefig(path)
+
+
+def format_figures(figures: dict[str, Any]) -> str:
+  """One line a figure, for the terminal."""
+
+  def text(value: Any) -> str:
+    if not isinstance(value, float):
+      return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
+
+  return "\n".join(f"{key:24}{text(value)}" for key, value in figures.items())
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+  """The figures of several models as a Markdown table."""
+  lines = [
+    "| model | images/s (min-max) | ms a step | batch / microbatch | GFLOP an image |"
+    " of the peak | memory, GiB | compiled in, s | first step after, s |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for row in rows:
+    lines.append(
+      f"| {row['model']} | {row['images_per_second']:.4g} ({row['images_per_second_min']:.4g}-"
+      f"{row['images_per_second_max']:.4g}) | {row['step_ms']:.0f} | {row['batch_size']} / "
+      f"{row['microbatch']} | {row['flops_per_image'] / 1e9:.2f} | "
+      f"{100 * row['fraction_of_peak']:.0f} % | {row['peak_memory_bytes'] / 2**30:.1f} | "
+      f"{row['compile_seconds']:.1f} | {row['start_seconds']:.1f} |"
+    )
+  row = rows[0]
+  lines.append(
+    f"\n{row['devices']} x {row['platform']}, {row['dtype']}; a matrix product reaches "
+    f"{statistics.median(row['matmul_peak_gflops'] for row in rows):.0f} GFLOP/s.\n"
+  )
+  return "\n".join(lines)
+
+
+def _measure_all(output: Path, repeats: int, seconds: float) -> None:
+  """The default configs, each in a process of its own: so are its start and its memory."""
+  rows = []
+  for name in mlp_models.MODELS:
+    command = [sys.executable, "-m", "train.bench", "--config", f"configs/{name}.py", "--json"]
+    command += ["--repeats", str(repeats), "--seconds", str(seconds)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+      flags.fail(f"{' '.join(command[1:])} failed", process.returncode)
+    rows.append(json.loads(process.stdout.splitlines()[-1]))
+    print(f"{name:10} {rows[-1]['images_per_second']:8.1f} images/s", flush=True)
+  (output / "bench.json").write_text(json.dumps(rows, indent=2) + "\n")
+  (output / "bench.md").write_text(format_table(rows))
+  print(f"\n{format_table(rows)}\nWrote {output / 'bench.json'} and {output / 'bench.md'}.")
+
+
+def main() -> None:
+  """Exit status: 0 measured, 1 no usable dataset or too little memory, 2 wrong flags."""
+  parser = argparse.ArgumentParser(prog="python -m train.bench", allow_abbrev=False)
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument("--config", help=flags.CONFIG_HELP)
+  what.add_argument("--all", action="store_true", help="the default config of every model")
+  mode = parser.add_mutually_exclusive_group()
+  mode.add_argument("--json", action="store_true", help="figures as one JSON object, the last line")
+  mode.add_argument("--phases", action="store_true", help="what the parts of a step take")
+  mode.add_argument("--tune", action="store_true", help="try every microbatch")
+  mode.add_argument("--sweep", choices=("tokens", "batch"), help="how the cost grows")
+  parser.add_argument("--output", type=Path, default=Path("."), help="folder for files")
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--seconds", type=float, default=5.0, help="of one repeat")
+  if "--all" in sys.argv:
+    arguments, config = parser.parse_args(), None
+  else:
+    arguments, config = flags.parse(parser)
+  repeats, seconds = arguments.repeats, arguments.seconds
+  if repeats < 1 or seconds <= 0:
+    flags.fail("--repeats must be at least 1, and --seconds more than 0", 2)
+  flags.quiet_libraries()
+  try:
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.all:
+      return _measure_all(arguments.output, repeats, seconds)
+    check.check_config(config)
+    mesh.use_every_core(config.batch_size)
+    if arguments.tune:
+      rates = tune(config, repeats, seconds)
+      print(f"fastest: --config.microbatch={max(rates, key=rates.get)}")
+    elif arguments.sweep:
+      _sweep_and_draw(config, arguments)
+    else:
+      training = prepare(config)
+      start = time.time() - psutil.Process().create_time()
+      if arguments.phases:
+        for name, milliseconds in phases(training, repeats).items():
+          print(f"{name:12}{milliseconds:10.1f} ms")
+        return
+      figures = measure(training, repeats, seconds) | {"start_seconds": start}
+      print(json.dumps(figures) if arguments.json else format_figures(figures))
+  except (check.ConfigError, data.DataError, MemoryError, OSError) as error:
+    flags.fail(error, 2 if isinstance(error, check.ConfigError) else 1)
+
+
+def _sweep_and_draw(config: ConfigDict, arguments: argparse.Namespace) -> None:
+  over = arguments.sweep
+  rows = sweep(config, over, arguments.repeats, arguments.seconds)
+  name = config.model.name
+  (arguments.output / "sweep.json").write_text(json.dumps({"model": name, "rows": rows}, indent=2))
+  draw_sweep(rows, over, f"{name}: cost by {over}", arguments.output / "sweep.png")
+  print(f"Wrote {arguments.output / 'sweep.json'} and {arguments.output / 'sweep.png'}.")
+
+
+if __name__ == "__main__":
+  main()
