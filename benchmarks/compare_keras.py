@@ -122,7 +122,7 @@ def _ours(pipe: Connection, name: str) -> None:
 
   flags.quiet_libraries()
   config = _config(name)
-  mesh.use_every_core(config.batch_size)
+  mesh.start_jax(config)
   images, weights = pipe.recv()
   training = bench.prepare(config)
   state = training.state

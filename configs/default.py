@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
   # signal waits until they are done.
   config.steps_per_call = 1
   config.dtype = "float32"  # of activations and matrix products, or "bfloat16"; weights are float32
+  config.compilation_cache = True  # keep compiled steps in ~/.cache/mlp_models for the next run
   # Keep only each block's inputs for the backward pass and compute the rest again: less memory,
   # about a third more time.
   config.remat = False

@@ -31,7 +31,7 @@ def test_bad_flag_is_one_line(flag, message, status, monkeypatch, capsys, tmp_pa
   workdir = tmp_path / "run"
   argv = ["train.main", "--config", "configs/mixer.py", "--workdir", str(workdir), flag]
   monkeypatch.setattr(sys, "argv", argv)
-  monkeypatch.setattr("train.mesh.use_every_core", lambda batch_size: None)  # conftest's eight
+  monkeypatch.setattr("train.mesh.start_jax", lambda config: None)  # conftest's eight
   with pytest.raises(SystemExit) as exit:
     main.main()
   error = capsys.readouterr().err

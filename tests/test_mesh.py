@@ -45,19 +45,36 @@ def test_what_does_not_divide_is_refused_with_the_numbers():
     microbatch_size(config, mesh)
 
 
+def start_jax(expression: str, **environment: str) -> str:
+  """What `expression` prints in a new process whose JAX was set up for the default config."""
+  code = (
+    "from configs import mixer; from train import mesh; import jax; "
+    f"mesh.start_jax(mixer.get_config()); print({expression})"
+  )
+  process = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=Path(__file__).parents[1],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stderr
+  return process.stdout.strip()
+
+
 def test_every_core_is_a_device_unless_the_user_says_otherwise():
-  code = "from train import mesh; import jax; mesh.use_every_core(128); print(jax.device_count())"
   cores = max(n for n in range(1, len(os.sched_getaffinity(0)) + 1) if 128 % n == 0)
   for environment, expected in (
     ({}, cores),
     ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
     ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
   ):
-    process = subprocess.run(
-      [sys.executable, "-c", code],
-      cwd=Path(__file__).parents[1],
-      env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-      capture_output=True,
-      text=True,
-    )
-    assert process.stdout == f"{expected}\n", process.stderr
+    assert start_jax("jax.device_count()", **environment) == str(expected)
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_unless_told_where(tmp_path):
+  folder = "jax.config.jax_compilation_cache_dir"
+  environment = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}
+  assert start_jax(folder, **environment) == str(tmp_path / "mlp_models")
+  environment["JAX_COMPILATION_CACHE_DIR"] = "/elsewhere"
+  assert start_jax(folder, **environment) == "/elsewhere"

@@ -17,7 +17,7 @@ from train.step import make_eval_step
 def run(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
   """Exit status, stdout and stderr of a module's main."""
   monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-  monkeypatch.setattr("train.evaluate.use_every_core", lambda batch_size: None)  # conftest's eight
+  monkeypatch.setattr("train.evaluate.start_jax", lambda config: None)  # conftest's eight
   status = 0
   try:
     module.main()

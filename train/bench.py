@@ -400,7 +400,7 @@ def main() -> None:
     if arguments.all:
       return _measure_all(arguments.output, repeats, seconds)
     check.check_config(config)
-    mesh.use_every_core(config.batch_size)
+    mesh.start_jax(config)
     if arguments.tune:
       rates = tune(config, repeats, seconds)
       print(f"fastest: --config.microbatch={max(rates, key=rates.get)}")

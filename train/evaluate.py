@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from train import data, flags
 from train.check import ConfigError
-from train.mesh import by_example, make_mesh, microbatch_size, use_every_core
+from train.mesh import by_example, make_mesh, microbatch_size, start_jax
 from train.state import Sums, Weights
 from train.step import make_eval_step
 from train.workdir import WorkdirError, read_config
@@ -57,7 +57,7 @@ def main() -> None:
     from train import checkpoint  # late: orbax takes seconds, a wrong flag none
 
     config = read_config(arguments.workdir)
-    use_every_core(config.batch_size)
+    start_jax(config)
     mesh = make_mesh()
     microbatch = microbatch_size(config, mesh)
     trained = checkpoint.load_trained_model(arguments.workdir, mesh)

@@ -31,7 +31,7 @@ def main() -> None:
   flags.quiet_libraries()
   try:
     check.check_config(config)
-    mesh.use_every_core(config.batch_size)
+    mesh.start_jax(config)
     from train import loop, metrics  # late: what they import costs seconds, a wrong flag none
 
     folder = arguments.workdir or Path(f"runs/{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")

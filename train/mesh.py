@@ -1,22 +1,35 @@
 """Devices -> mesh, and how arrays lie on it."""
 
 import os
+from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from train.check import ConfigError
 
 DATA = "data"  # the mesh axis over which the batch is cut
 
 
-def use_every_core(batch_size: int) -> None:
+def start_jax(config: ConfigDict) -> None:
+  """Sets JAX up for a run, before anything starts its backend.
+
+  Compiled programs are kept in the user's cache folder, if `config.compilation_cache` says so and
+  the user has chosen no other folder (JAX_COMPILATION_CACHE_DIR).
+  """
+  _use_every_core(config.batch_size)
+  if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlp_models"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _use_every_core(batch_size: int) -> None:
   """Makes each CPU core a JAX device, so that one step runs on all of them.
 
   XLA's own threads share one batch poorly between cores; as devices of their own, the cores work
   through small microbatches that stay in their caches. Has no effect where JAX finds an
-  accelerator, or where the user has set the number of CPU devices. To be called before JAX starts
-  its backend.
+  accelerator, or where the user has set the number of CPU devices.
 
   Args:
     batch_size: of the run; the largest number of cores that divides it is taken.
@@ -50,7 +63,7 @@ def by_example(mesh: Mesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
 
 
-def microbatch_size(config, mesh: Mesh) -> int:
+def microbatch_size(config: ConfigDict, mesh: Mesh) -> int:
   """Images that each device computes at a time, from `config.microbatch` or the device's kind.
 
   Raises:

@@ -12,6 +12,7 @@ from train.data import DatasetInfo
 # What changes nothing but where and how fast a run is computed: it may go on on another machine.
 _FREE_TO_DIFFER = (
   "checkpoint_seconds",
+  "compilation_cache",
   "cpu_microbatch",
   "data.archive",
   "data.data_dir",
