@@ -1,5 +1,6 @@
 """Reading datasets, cutting them in batches, and what is said when a dataset can't be used."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -145,6 +146,26 @@ def test_images_of_all_sizes_and_modes_are_resized_to_one(photos_config):
   labels = np.concatenate([split.labels for split in together])
   assert sorted(shades) == list(range(12))
   np.testing.assert_array_equal(labels, shades % 3)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4), ("P", 3)])
+def test_png_is_decoded_to_its_very_pixels(mode, channels):
+  noise = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+  image = Image.fromarray(noise).convert("RGB" if mode == "P" else "RGBA").convert(mode)
+  file = io.BytesIO()
+  image.save(file, "png")
+  expected = np.asarray(image.convert(data.PIL_MODES[channels])).reshape(9, 7, channels)
+  decoded = data._decode(file.getvalue(), (9, 7, channels))
+  np.testing.assert_array_equal(decoded, expected)
+
+
+def test_photo_is_not_turned_by_its_exif_tag():
+  image = Image.fromarray(np.full((8, 16, 3), 200, np.uint8))
+  exif = Image.Exif()
+  exif[0x0112] = 6  # orientation: a quarter turn
+  file = io.BytesIO()
+  image.save(file, "jpeg", exif=exif)
+  assert (data._decode(file.getvalue(), (8, 16, 3)) == 200).all()
 
 
 def test_a_split_that_is_not_there_is_named_with_those_that_are(photos_config):

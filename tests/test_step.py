@@ -16,7 +16,7 @@ from train import augment, optimizer
 from train.data import DatasetInfo, stack
 from train.mesh import DATA, by_example, replicated
 from train.state import Sums, channel_statistics, init_state, make_model
-from train.step import make_eval_step, make_train_step, sum_metrics
+from train.step import lower_train_step, make_eval_step, make_train_step, sum_metrics
 
 BATCH = 32
 INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {})
@@ -193,11 +193,9 @@ def test_sum_metrics_on_logits_made_by_hand():
 
 def compiled_step(config, devices: int, microbatch: int) -> jax.stages.Compiled:
   mesh = mesh_of(devices)
-  state = jax.eval_shape(lambda: new_state(config))
-  state = jax.tree.map(lambda x: x.update(sharding=replicated(mesh)), state)
-  batches = next(stack(iter([noise_batch(0)]), 1))
-  batches = jax.device_put(batches, by_example(mesh, axis=1))
-  return make_train_step(config, 100, microbatch, mesh).lower(state, batches).compile()
+  config.batch_size = BATCH
+  step = make_train_step(config, 100, microbatch, mesh)
+  return lower_train_step(step, config, INFO, mesh).compile()
 
 
 @pytest.mark.parametrize("name", mlp_models.MODELS)

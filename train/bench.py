@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from ml_collections import ConfigDict
 import mlp_models
 from train import augment, check, data, flags, mesh
 from train.state import TrainState, channel_statistics, init_state, make_model
-from train.step import loss, make_train_step, sum_over_batch
+from train.step import loss, lower_train_step, make_train_step, sum_over_batch
 
 _TOKENS = (64, 256, 1024, 4096)  # of --sweep tokens
 _BATCHES = (16, 32, 64, 128, 256, 512)  # of --sweep batch
@@ -64,24 +65,26 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   microbatch = mesh.microbatch_size(config, devices)
   data_config = data.resolve(config.data)
   info = data.describe(data_config)
-  dataset = dataset or data.load(data_config, config.model.image_size, splits=("train",))
-  init = functools.partial(init_state, config, info, *channel_statistics(dataset.train.images))
-  state = jax.jit(init, out_shardings=mesh.replicated(devices))()
+  step = make_train_step(config, info.num_classes, microbatch, devices)
+  with ThreadPoolExecutor() as reader:  # as in training
+    reading = reader.submit(lambda: dataset or _load(config))
+    began = time.perf_counter()
+    compiled = lower_train_step(step, config, info, devices).compile()
+    compile_seconds = time.perf_counter() - began
+    dataset = reading.result()
+  init = functools.partial(init_state, config, info)
+  init = jax.jit(init, out_shardings=mesh.replicated(devices))
+  state = init(*channel_statistics(dataset.train.images))
   sharding = mesh.by_example(devices, axis=1)
   epochs = (data.train_calls(dataset.train, config, sharding, n) for n in itertools.count(1))
   calls = itertools.chain.from_iterable(epochs)
-  batches = next(calls)
-  step = make_train_step(config, info.num_classes, microbatch, devices)
-  began = time.perf_counter()
-  compiled = step.lower(state, batches).compile()
-  compile_seconds = time.perf_counter() - began
   memory = compiled.memory_analysis().temp_size_in_bytes
   available = psutil.virtual_memory().available
   if devices.devices.flat[0].platform == "cpu" and memory * devices.size > available:
     raise MemoryError(
       f"a step needs {memory * devices.size / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
     )
-  state, _ = jax.block_until_ready(step(state, batches))
+  state, _ = jax.block_until_ready(step(state, next(calls)))
   return Training(config, info, devices, microbatch, step, state, calls, compile_seconds, memory)
 
 
@@ -142,18 +145,9 @@ def flops_per_image(config: ConfigDict, info: data.DatasetInfo) -> float:
   config = config.copy_and_resolve_references()
   config.steps_per_call = 1
   config.remat = False  # what is computed twice is no progress
-  batch = config.batch_size
-  channels = info.image_shape[-1]
-  statistics_C = jax.ShapeDtypeStruct((channels,), jnp.float32)
-  state = jax.eval_shape(functools.partial(init_state, config, info), statistics_C, statistics_C)
-  size = [side or config.model.image_size for side in info.image_shape[:2]]
-  batches = {
-    "image": jax.ShapeDtypeStruct((1, batch, *size, channels), jnp.uint8),
-    "label": jax.ShapeDtypeStruct((1, batch), jnp.int32),
-    "mask": jax.ShapeDtypeStruct((1, batch), jnp.bool),
-  }
-  step = make_train_step(config, info.num_classes, batch, device)
-  return step.lower(state, batches).cost_analysis()["flops"] / batch
+  step = make_train_step(config, info.num_classes, config.batch_size, device)
+  lowered = lower_train_step(step, config, info, device)
+  return lowered.cost_analysis()["flops"] / config.batch_size
 
 
 def matmul_peak(devices: Mesh, dtype: str) -> float:

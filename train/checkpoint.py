@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
 from flax import linen as nn
 from jax.sharding import Mesh, Sharding
@@ -17,8 +16,8 @@ from ml_collections import ConfigDict
 
 from train import metrics, workdir
 from train.data import DatasetInfo
-from train.mesh import replicated
-from train.state import TrainState, Weights, init_state, make_model
+from train.mesh import abstract, replicated
+from train.state import TrainState, Weights, abstract_state, make_model
 
 
 class Checkpoints:
@@ -71,19 +70,19 @@ class Checkpoints:
     """Saves the weights of the best epoch so far."""
     _save(self._best, state.weights(), int(state.epoch))
 
-  def restore_last(self, abstract: TrainState, sharding: Sharding) -> TrainState | None:
+  def restore_last(self, like: TrainState, sharding: Sharding) -> TrainState | None:
     """The saved state, laid out by `sharding`; None if there is none.
 
     Args:
-      abstract: shapes and dtypes, as `jax.eval_shape` gives them.
+      like: its shapes and dtypes, as `state.abstract_state` gives them.
     """
-    return _restore(self._last, abstract, sharding)
+    return _restore(self._last, like, sharding)
 
   def restore_best(
-    self, abstract: Weights, sharding: Sharding, epoch: int | None = None
+    self, like: Weights, sharding: Sharding, epoch: int | None = None
   ) -> Weights | None:
     """The weights that were best after `epoch`, or so far; None if no epoch has ended yet."""
-    return _restore(self._best, abstract, sharding, epoch)
+    return _restore(self._best, like, sharding, epoch)
 
 
 class TrainedModel(NamedTuple):
@@ -102,13 +101,13 @@ def load_trained_model(folder: Path, mesh: Mesh) -> TrainedModel:
     WorkdirError: no run is there, or none that has ended an epoch.
   """
   config, info = workdir.read_config(folder), workdir.read_dataset(folder)
-  statistics = jax.ShapeDtypeStruct(info.image_shape[-1:], "float32")
-  abstract = jax.eval_shape(lambda m, v: init_state(config, info, m, v), statistics, statistics)
   weights = None
   if (folder / "checkpoints").exists():
     best_epoch = (metrics.read_summary(folder) or {}).get("best_epoch")
     with Checkpoints(folder, read_only=True) as checkpoints:
-      weights = checkpoints.restore_best(abstract.weights(), replicated(mesh), best_epoch)
+      weights = checkpoints.restore_best(
+        abstract_state(config, info).weights(), replicated(mesh), best_epoch
+      )
   if weights is None:
     raise workdir.WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")
   return TrainedModel(config, info, make_model(config, info.num_classes), weights)
@@ -121,16 +120,14 @@ def _save(manager: ocp.CheckpointManager, tree, label: int) -> None:
     manager.save(label, args=ocp.args.StandardSave(tree))
 
 
-def _restore(manager: ocp.CheckpointManager, abstract, sharding: Sharding, label=None):
+def _restore(manager: ocp.CheckpointManager, like, sharding: Sharding, label=None):
   label = manager.latest_step() if label is None else label
   if label is None:
     return None
   # Told today's sharding, as the devices may not be those that saved.
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
-  )
+  target = abstract(like, sharding)
   try:
-    return manager.restore(label, args=ocp.args.StandardRestore(abstract))
+    return manager.restore(label, args=ocp.args.StandardRestore(target))
   except (OSError, ValueError, KeyError) as error:
     raise workdir.WorkdirError(
       f"the checkpoint {manager.directory / str(label)} can't be read: "

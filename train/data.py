@@ -71,6 +71,11 @@ class DatasetInfo:
   def num_classes(self) -> int:
     return len(self.class_names)
 
+  def shape_in_memory(self, image_size: int) -> tuple[int, int, int]:
+    """H, W and C of the images once they are read: of `image_size` where they differ in size."""
+    height, width, channels = self.image_shape
+    return height or image_size, width or image_size, channels
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -345,8 +350,7 @@ def load(data_config: ConfigDict, image_size: int, splits: tuple[str, ...] = SPL
     DataError: the dataset is out of reach, broken, or larger than the memory available.
   """
   info = describe(data_config)
-  height, width, channels = info.image_shape
-  shape = (height or image_size, width or image_size, channels)
+  shape = info.shape_in_memory(image_size)
   needed = sum(info.sizes[split] for split in splits) * int(np.prod(shape))
   available = psutil.virtual_memory().available
   if needed > available:

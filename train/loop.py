@@ -4,6 +4,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -16,8 +17,15 @@ from train.checkpoint import Checkpoints
 from train.evaluate import evaluate
 from train.interrupt import StopRequest, TrainingFailed
 from train.mesh import by_example, make_mesh, microbatch_size, replicated
-from train.state import Sums, TrainState, channel_statistics, init_state, make_model
-from train.step import make_eval_step, make_train_step
+from train.state import (
+  Sums,
+  TrainState,
+  abstract_state,
+  channel_statistics,
+  init_state,
+  make_model,
+)
+from train.step import lower_train_step, make_eval_step, make_train_step
 
 
 def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
@@ -44,26 +52,26 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
     print(f"{folder} holds a finished run; another --workdir starts a new one.")
     return summary
   print(f"Reading {info.name} and compiling {config.model.name} takes a moment.", flush=True)
-  dataset = data.load(config.data, config.model.image_size)
-  mean, variance = channel_statistics(dataset.train.images)
+  step = make_train_step(config, info.num_classes, microbatch, mesh)
+  with ThreadPoolExecutor() as reader:  # reading and compiling need not wait for each other
+    reading = reader.submit(data.load, config.data, config.model.image_size)
+    compiled = lower_train_step(step, config, info, mesh).compile()
+    dataset = reading.result()
 
   model = make_model(config, info.num_classes)
   plateau = optimizer.make_plateau(config.plateau)
   best_mode = optimizer.BEST[config.best_metric]
-  init = functools.partial(init_state, config, info, mean, variance)
-  abstract = jax.eval_shape(init)
+  abstract = abstract_state(config, info)
   steps_per_epoch = data.num_batches(len(dataset.train), config.batch_size)
 
   with StopRequest() as stop, Checkpoints(folder) as checkpoints:
     state = checkpoints.restore_last(abstract, replicated(mesh))
     if state is None:
-      state = jax.jit(init, out_shardings=replicated(mesh))()
+      init = jax.jit(functools.partial(init_state, config, info), out_shardings=replicated(mesh))
+      state = init(*channel_statistics(dataset.train.images))
     else:
       print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
-    step = make_train_step(config, info.num_classes, microbatch, mesh)
-    # Compiled ahead of the first call: what it needs is known, and printed, before it runs.
     calls = functools.partial(data.train_calls, dataset.train, config, by_example(mesh, axis=1))
-    compiled = step.lower(state, next(calls(epoch=1))).compile()
     eval_step = make_eval_step(model, microbatch, mesh)
     _print_header(config, info, state, mesh, microbatch, compiled)
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -61,6 +62,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_example(mesh: Mesh, axis: int = 0) -> NamedSharding:
   """The sharding of arrays whose axis `axis` is the batch: each device holds its examples."""
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
+
+
+def abstract(tree: Any, sharding: NamedSharding) -> Any:
+  """Shapes and dtypes of a tree of arrays, without values, laid out by `sharding`."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def microbatch_size(config: ConfigDict, mesh: Mesh) -> int:

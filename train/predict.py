@@ -74,12 +74,11 @@ def main() -> None:
   except WorkdirError as error:
     flags.fail(error, 1)
 
-  size = trained.config.model.image_size
-  height, width, channels = trained.info.image_shape
+  shape = trained.info.shape_in_memory(trained.config.model.image_size)
   read = {}
   for path in arguments.images:
     try:
-      read[path] = read_image(path, (height or size, width or size, channels))
+      read[path] = read_image(path, shape)
     except Exception as error:  # Pillow's decoders raise what they like
       print(f"{path}: {error}", file=sys.stderr)
   if read:

@@ -1,5 +1,7 @@
 """TrainState: all there is to save, and how it is made."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def init_state(
   config: ConfigDict, info: DatasetInfo, mean: np.ndarray, variance: np.ndarray
 ) -> TrainState:
-  """The state before the first step; traceable, so that `jax.eval_shape` gives its abstract form.
+  """The state before the first step.
 
   Args:
     mean, variance: float32 [channels], of the training images, in pixel units.
@@ -112,3 +114,9 @@ def init_state(
     variance=jnp.asarray(variance),
     seed=jnp.asarray(config.seed, jnp.uint32),
   )
+
+
+def abstract_state(config: ConfigDict, info: DatasetInfo) -> TrainState:
+  """Shapes and dtypes of what `init_state` gives; nothing is computed."""
+  channel = jax.ShapeDtypeStruct(info.image_shape[-1:], jnp.float32)
+  return jax.eval_shape(functools.partial(init_state, config, info), channel, channel)

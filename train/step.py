@@ -17,9 +17,10 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from train import augment
-from train.mesh import DATA
+from train.data import DatasetInfo
+from train.mesh import DATA, abstract, by_example, replicated
 from train.optimizer import make_optimizer
-from train.state import Sums, TrainState, Weights, make_model
+from train.state import Sums, TrainState, Weights, abstract_state, make_model
 
 Array = jax.Array
 Batch = dict[str, Array]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
@@ -50,6 +51,23 @@ def make_train_step(config: ConfigDict, num_classes: int, microbatch: int, mesh:
     # has computed it before: remat would save nothing.
     options["xla_disable_hlo_passes"] = "cse_barrier_expander"
   return jax.jit(steps, donate_argnums=0, compiler_options=options)
+
+
+def lower_train_step(
+  step: Callable, config: ConfigDict, info: DatasetInfo, mesh: Mesh
+) -> jax.stages.Lowered:
+  """Lowers what `make_train_step` gave, from shapes alone: no image need have been read."""
+  steps_and_batch = (config.steps_per_call, config.batch_size)
+  shapes = {
+    "image": ((*steps_and_batch, *info.shape_in_memory(config.model.image_size)), jnp.uint8),
+    "label": (steps_and_batch, jnp.int32),
+    "mask": (steps_and_batch, jnp.bool),
+  }
+  batches = {key: jax.ShapeDtypeStruct(*shape) for key, shape in shapes.items()}
+  return step.lower(
+    abstract(abstract_state(config, info), replicated(mesh)),
+    abstract(batches, by_example(mesh, axis=1)),
+  )
 
 
 def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> Callable:

@@ -1,0 +1,105 @@
+"""What the bench says of a step is so."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import smoke_config
+from PIL import Image
+
+from train import bench
+from train.data import DatasetInfo
+
+REPOSITORY = Path(__file__).parents[1]
+INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {})
+
+
+def test_figures_hang_together():
+  figures = bench.measure(bench.prepare(smoke_config()), repeats=3, seconds=0.2)
+  assert (figures["model"], figures["params"], figures["batch_size"]) == ("mixer", 12836, 64)
+  assert (figures["devices"], figures["platform"], figures["microbatch"]) == (8, "cpu", 8)
+  slowest, rate = figures["images_per_second_min"], figures["images_per_second"]
+  assert 0 < slowest <= rate <= figures["images_per_second_max"]
+  np.testing.assert_allclose(rate * figures["step_ms"], 64e3)
+  fraction = rate * figures["flops_per_image"] / figures["matmul_peak_gflops"] / 1e9
+  np.testing.assert_allclose(figures["fraction_of_peak"], fraction)
+  assert 0.1 < figures["peak_memory_bytes"] / 2**30 < 20
+
+
+def test_run_trains_as_many_steps_as_told():
+  training = bench.prepare(smoke_config(steps_per_call=2))
+  before = int(training.state.step)
+  training, seconds = bench.run(training, steps=12)  # more than an epoch's eight
+  assert int(training.state.step) == before + 12
+  assert seconds > 0
+
+
+def test_phases_are_parts_of_a_step():
+  parts = bench.phases(bench.prepare(smoke_config()), repeats=3)
+  assert list(parts) == ["augment", "forward", "backward", "optimizer", "input"]
+  assert parts["backward"] > 0
+
+
+def flops(name: str, **sizes) -> float:
+  config = importlib.import_module(f"configs.{name}").get_config()
+  config.model.update(sizes)
+  return bench.flops_per_image(config, INFO)
+
+
+def test_flops_are_those_of_the_matrix_products():
+  tokens, width, patch = 64, 256, 8 * 8 * 3
+  mixing = 4 * (2 * tokens * tokens * width + 2 * tokens * tokens * width)
+  forward = 2 * (tokens * patch * width + mixing + width * 100)
+  count = flops("mixer")
+  assert 3 * forward < count < 1.15 * 3 * forward
+  # How the batch is cut, and what is computed twice, is no part of the work.
+  config = importlib.import_module("configs.mixer").get_config()
+  config.microbatch, config.remat = 2, True
+  assert bench.flops_per_image(config, INFO) == count
+
+
+def test_perceivers_cost_is_linear_in_the_tokens_and_vits_is_not():
+  def growth(name, **sizes):
+    few, many = (flops(name, image_size=64, patch_size=p, **sizes) for p in (2, 1))
+    return many / few
+
+  # Four times as many tokens. The latents' own blocks cost the same at any number of tokens.
+  assert growth("perceiver") < 2
+  assert growth("perceiver", num_blocks=1, num_latents=32) < 4
+  assert growth("vit", pool="mean") > 10
+
+
+def test_sweep_writes_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr("train.mesh.start_jax", lambda config: None)  # conftest's eight devices
+  monkeypatch.setattr(bench, "_BATCHES", (16, 64))
+  command = ["bench", "--config", str(REPOSITORY / "configs" / "mixer.py:smoke")]
+  command += ["--sweep", "batch", "--output", str(tmp_path), "--repeats", "1", "--seconds", "0.05"]
+  command += [f"--config.data.data_dir={smoke_config().data.data_dir}"]
+  monkeypatch.setattr(sys, "argv", command)
+  bench.main()
+  rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+  assert [row["batch"] for row in rows] == [16, 64]
+  # The optimizer's share of each image falls with the batch, and nothing else.
+  assert 1 < rows[0]["flops_per_image"] / rows[1]["flops_per_image"] < 1.05
+  assert Image.open(tmp_path / "sweep.png").width > 500
+  assert "GFLOP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "one of the arguments --config --all is required"),
+    (["--all", "--config", "configs/mixer.py"], "not allowed with argument"),
+    (["--config", "configs/mixer.py", "--repeats", "0"], "--repeats must be at least 1"),
+    (["--config", "configs/mixer.py", "--sweep", "width"], "invalid choice: 'width'"),
+  ],
+)
+def test_wrong_flags_are_one_line_and_status_2(arguments, message):
+  command = [sys.executable, "-m", "train.bench", *arguments]
+  process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+  assert process.returncode == 2
+  assert message in process.stderr.splitlines()[-1]
