@@ -66,7 +66,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   data_config = data.resolve(config.data)
   info = data.describe(data_config)
   step = make_train_step(config, info.num_classes, microbatch, devices)
-  with ThreadPoolExecutor() as reader:  # as in training
+  with ThreadPoolExecutor(1) as reader:  # as in training
     reading = reader.submit(lambda: dataset or _load(config))
     began = time.perf_counter()
     compiled = lower_train_step(step, config, info, devices).compile()

@@ -52,19 +52,19 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
     print(f"{folder} holds a finished run; another --workdir starts a new one.")
     return summary
   print(f"Reading {info.name} and compiling {config.model.name} takes a moment.", flush=True)
-  step = make_train_step(config, info.num_classes, microbatch, mesh)
-  with ThreadPoolExecutor() as reader:  # reading and compiling need not wait for each other
-    reading = reader.submit(data.load, config.data, config.model.image_size)
-    compiled = lower_train_step(step, config, info, mesh).compile()
-    dataset = reading.result()
-
   model = make_model(config, info.num_classes)
   plateau = optimizer.make_plateau(config.plateau)
   best_mode = optimizer.BEST[config.best_metric]
   abstract = abstract_state(config, info)
-  steps_per_epoch = data.num_batches(len(dataset.train), config.batch_size)
+  steps_per_epoch = data.num_batches(info.sizes["train"], config.batch_size)
 
   with StopRequest() as stop, Checkpoints(folder) as checkpoints:
+    step = make_train_step(config, info.num_classes, microbatch, mesh)
+    with ThreadPoolExecutor(1) as reader:  # reading and compiling need not wait for each other
+      reading = reader.submit(data.load, config.data, config.model.image_size)
+      compiled = lower_train_step(step, config, info, mesh).compile()
+      dataset = reading.result()
+
     state = checkpoints.restore_last(abstract, replicated(mesh))
     if state is None:
       init = jax.jit(functools.partial(init_state, config, info), out_shardings=replicated(mesh))
