@@ -54,25 +54,30 @@ def compare(name: str, backend: str, rounds: int, seconds: float) -> dict:
     here, there = context.Pipe()
     process = context.Process(target=_worker, args=(target, there, *args), daemon=True)
     process.start()
+    there.close()  # so that a worker that dies is noticed
     pipes.append(here)
     processes.append(process)
   keras, ours = pipes
 
   def ask(pipe: Connection, question):
-    pipe.send(question)
-    answer = pipe.recv()
+    try:
+      pipe.send(question)
+      answer = pipe.recv()
+    except (EOFError, BrokenPipeError):
+      sys.exit(f"{name}: a worker died; was there enough memory?")
     if isinstance(answer, str):
       sys.exit(f"{name}: {answer}")
     return answer
 
   images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-  weights, expected = ask(keras, images)
+  weights, expected, steps_per_epoch = ask(keras, images)
   logits = ask(ours, (images, weights))
   if np.abs(logits - expected).max() > 1e-4 * np.abs(expected).max():
     sys.exit(f"{name}: not the same model, logits differ by {np.abs(logits - expected).max():.2g}")
 
   ask(keras, 1), ask(ours, 1)  # compiles
   steps = max(2, round(seconds / (ask(keras, 2)["seconds"] / 2)))
+  steps = min(steps, steps_per_epoch)
   ask(ours, 2)
   turns = [(ask(ours, steps), ask(keras, steps)) for _ in range(rounds)]
   for pipe in pipes:
@@ -156,7 +161,7 @@ def _keras(pipe: Connection, name: str, backend: str) -> None:
   model = keras_models.make(name, ours, config.augment.to_dict(), mean, variance)
   images = pipe.recv()
   logits = keras.ops.convert_to_numpy(model(images.astype("float32"), training=False))
-  pipe.send((keras_models.weights(model), logits))
+  pipe.send((keras_models.weights(model), logits, len(split) // config.batch_size))
   model.compile(
     optimizer=keras.optimizers.AdamW(
       learning_rate=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay

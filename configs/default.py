@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
   config.microbatch = config_dict.placeholder(int)
   config.cpu_microbatch = 8  # so few that their activations stay in a core's cache
   # Steps in one dispatch: more where a step takes less time than the host needs to start it. A
-  # signal waits until they are done.
+  # signal waits until they are done; what is left of an epoch is a program of its own.
   config.steps_per_call = 1
   config.dtype = "float32"  # of activations and matrix products, or "bfloat16"; weights are float32
   config.compilation_cache = True  # keep compiled steps in ~/.cache/mlp_models for the next run

@@ -100,8 +100,11 @@ def test_early_stop_restores_the_best_epoch(tmp_path):
   np.testing.assert_allclose(rates, [1e-20, 1e-20, 0.5e-20])
 
 
-def test_divergence_ends_the_run_with_advice(tmp_path):
-  config = smoke_config(optimizer__learning_rate=1e30, best_metric="val_accuracy")
+@pytest.mark.parametrize("steps_per_call", [1, 100])
+def test_divergence_ends_the_run_with_advice(tmp_path, steps_per_call):
+  config = smoke_config(
+    optimizer__learning_rate=1e30, best_metric="val_accuracy", steps_per_call=steps_per_call
+  )
   with pytest.raises(TrainingFailed, match="smaller --config.optimizer.learning_rate"):
     train_and_evaluate(config, tmp_path)
   assert metrics.read_summary(tmp_path) is None
@@ -197,17 +200,33 @@ def test_run_goes_on_on_other_devices(uninterrupted, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_several_steps_a_call_change_nothing_but_rounding(uninterrupted, tmp_path):
+  folder = tmp_path / "run"
+  process = start(folder, "--config.steps_per_call=3")  # 40 = 13 * 3 + 1
+  wait_until_in_mid_epoch(process, folder, first_step=2)
+  process.terminate()
+  process.communicate(timeout=60)
+  assert saved_step(folder) % 40 % 3 == 0
+  process = start(folder, "--config.steps_per_call=3")
+  _, error = process.communicate(timeout=200)
+  assert process.returncode == 0, error
+  for row, expected in zip(numbers(folder), numbers(uninterrupted), strict=True):
+    assert row["step"] == expected["step"]
+    np.testing.assert_allclose(row["train_loss"], expected["train_loss"], rtol=2e-3)
+
+
+@pytest.mark.slow
 def test_signal_during_compilation_or_validation_is_obeyed_at_once(uninterrupted, tmp_path):
   # Validation of 5,000 images takes longer than the 40 steps before it.
   folder = tmp_path / "run"
   process = start(folder)
-  while not list(folder.glob("checkpoints/last")):  # made right before compilation
+  while not list(folder.glob("checkpoints/last")):  # made right before reading and compiling
     assert process.poll() is None, process.communicate()
     time.sleep(0.005)
   process.terminate()
   process.communicate(timeout=60)
   assert process.returncode == 128 + signal.SIGTERM
-  assert saved_step(folder) == 1
+  assert saved_step(folder) == 0
 
   process = start(folder)
   while saved_step(folder) != 40:

@@ -1,6 +1,7 @@
 """Using a trained model: evaluation of splits and classification of image files."""
 
 import json
+import shutil
 import sys
 
 import jax
@@ -45,6 +46,19 @@ def test_evaluate_repeats_the_test_metrics_of_the_run(finished_run, monkeypatch,
   assert (result["split"], result["images"]) == ("test", 500)
   for name in ("loss", "accuracy", "top5"):
     assert result[name] == expected[f"test_{name}"]
+
+
+def test_run_of_an_older_version_lacks_knobs_and_is_evaluated(finished_run, tmp_path):
+  shutil.copytree(finished_run, tmp_path / "old")
+  path = tmp_path / "old" / "config.json"
+  config = json.loads(path.read_text())
+  for knob in ("remat", "steps_per_call", "compilation_cache"):
+    del config[knob]
+  path.write_text(json.dumps(config))
+  mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+  trained = checkpoint.load_trained_model(tmp_path / "old", mesh)
+  assert trained.config.remat is False
+  assert trained.config.optimizer.learning_rate == 5e-3
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])

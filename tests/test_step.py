@@ -214,6 +214,22 @@ def test_nothing_but_arithmetic_and_one_reduction_is_in_a_step(name):
   assert not re.findall(r"\[\d[^ ]* copy\(%param", outside_loops)
 
 
+@pytest.mark.parametrize("name", mlp_models.MODELS)
+def test_remat_is_in_every_block(name):
+  config = smoke_config(name)
+
+  def checkpoints(remat: bool) -> int:
+    config.remat = remat
+    model = make_model(config, 100)
+    images = jnp.zeros((1, model.image_size, model.image_size, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    gradient = jax.grad(lambda params: model.apply(params, images).sum())
+    return len(re.findall(r"\b(?:checkpoint|remat\d?)\[", str(jax.make_jaxpr(gradient)(params))))
+
+  assert checkpoints(False) == 0
+  assert checkpoints(True) >= config.model.num_blocks
+
+
 @pytest.mark.parametrize("name", ["mixer", "perceiver", "vit"])
 def test_remat_changes_no_loss(name):
   config = smoke_config(name)

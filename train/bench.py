@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,14 @@ from ml_collections import ConfigDict
 import mlp_models
 from train import augment, check, data, flags, mesh
 from train.state import TrainState, channel_statistics, init_state, make_model
-from train.step import loss, lower_train_step, make_train_step, sum_over_batch
+from train.step import (
+  compile_in_background,
+  compiler_options,
+  loss,
+  lower_train_step,
+  make_train_step,
+  sum_over_batch,
+)
 
 _TOKENS = (64, 256, 1024, 4096)  # of --sweep tokens
 _BATCHES = (16, 32, 64, 128, 256, 512)  # of --sweep batch
@@ -59,37 +65,46 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   Raises:
     ConfigError: the batch does not fit the devices.
     DataError: the dataset is out of reach or broken.
-    MemoryError: a step does not fit a CPU's memory.
+    MemoryError: a step does not fit the memory.
   """
   devices = mesh.make_mesh()
   microbatch = mesh.microbatch_size(config, devices)
   data_config = data.resolve(config.data)
   info = data.describe(data_config)
+  per_epoch = data.num_batches(info.sizes["train"], config.batch_size)
+  config.steps_per_call = min(config.steps_per_call, per_epoch)
   step = make_train_step(config, info.num_classes, microbatch, devices)
-  with ThreadPoolExecutor(1) as reader:  # as in training
-    reading = reader.submit(lambda: dataset or _load(config))
-    began = time.perf_counter()
-    compiled = lower_train_step(step, config, info, devices).compile()
-    compile_seconds = time.perf_counter() - began
-    dataset = reading.result()
-  init = functools.partial(init_state, config, info)
-  init = jax.jit(init, out_shardings=mesh.replicated(devices))
-  state = init(*channel_statistics(dataset.train.images))
-  sharding = mesh.by_example(devices, axis=1)
-  epochs = (data.train_calls(dataset.train, config, sharding, n) for n in itertools.count(1))
-  calls = itertools.chain.from_iterable(epochs)
+  began = time.perf_counter()
+  compiling = compile_in_background(step, config, info, devices)
+  dataset = dataset or _load(config)
+  compiled = compiling.result()
+  compile_seconds = time.perf_counter() - began
   memory = compiled.memory_analysis().temp_size_in_bytes
   available = psutil.virtual_memory().available
   if devices.devices.flat[0].platform == "cpu" and memory * devices.size > available:
     raise MemoryError(
       f"a step needs {memory * devices.size / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
     )
-  state, _ = jax.block_until_ready(step(state, next(calls)))
+
+  init = functools.partial(init_state, config, info)
+  init = jax.jit(init, out_shardings=mesh.replicated(devices))
+  sharding = mesh.by_example(devices, axis=1)
+  epochs = (data.train_calls(dataset.train, config, sharding, n) for n in itertools.count(1))
+  calls = itertools.chain.from_iterable(epochs)
+  # An epoch's last call may have fewer steps: another program, to be compiled first.
+  calls = (call for call in calls if len(call["label"]) == config.steps_per_call)
+  try:
+    state = init(*channel_statistics(dataset.train.images))
+    state, _ = jax.block_until_ready(step(state, next(calls)))
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise MemoryError(str(error).splitlines()[0]) from error
   return Training(config, info, devices, microbatch, step, state, calls, compile_seconds, memory)
 
 
 def run(training: Training, steps: int) -> tuple[Training, float]:
-  """Trains for about so many steps: the run after them, and the seconds a step took."""
+  """Trains for so many steps, in whole calls: the run after them, and the seconds a step took."""
   per_call = training.config.steps_per_call
   calls = max(1, steps // per_call)
   state, sums = training.state, None
@@ -114,6 +129,7 @@ def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
   config, devices = training.config, training.mesh
   batch = config.batch_size
   rate = batch / statistics.median(times)
+  memory = peak_memory(devices)  # before what follows needs some
   flops = flops_per_image(config, training.info)
   peak = matmul_peak(devices, config.dtype)
   return {
@@ -129,10 +145,11 @@ def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
     "images_per_second_max": batch / min(times),
     "step_ms": 1e3 * statistics.median(times),
     "compile_seconds": training.compile_seconds,
+    "compilation_cache": config.compilation_cache,
     "flops_per_image": flops,
     "matmul_peak_gflops": peak,
     "fraction_of_peak": rate * flops / (peak * 1e9),
-    "peak_memory_bytes": peak_memory(devices),
+    "peak_memory_bytes": memory,
   }
 
 
@@ -206,7 +223,7 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
       batch = jax.tree.map(lambda x: x[0], batches)
       return sum_over_batch(part, params, batch, microbatch, devices)
 
-    return jax.jit(sum_parts)
+    return jax.jit(sum_parts, compiler_options=compiler_options(config, devices))
 
   functions = {name: on_the_batch(part) for name, part in parts.items()}
   times = {name: [] for name in (*functions, "optimizer", "input")}
@@ -239,8 +256,12 @@ def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
   for microbatch in (2**i for i in range(share.bit_length())):
     if share % microbatch == 0:
       config.microbatch = microbatch
-      figures = measure(prepare(config, dataset), repeats, seconds)
-      rates[microbatch] = figures["images_per_second"]
+      try:
+        training = prepare(config, dataset)
+      except MemoryError as error:
+        print(f"microbatch {microbatch:4}  left out: {error}", flush=True)
+        continue
+      rates[microbatch] = measure(training, repeats, seconds)["images_per_second"]
       print(f"microbatch {microbatch:4}  {rates[microbatch]:8.1f} images/s", flush=True)
   return rates
 
@@ -267,10 +288,8 @@ def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[d
       config.batch_size = value
     try:
       training = prepare(config, dataset)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-      if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      print(f"{over} {value:5}  left out: {str(error).splitlines()[0]}", flush=True)
+    except (check.ConfigError, MemoryError) as error:
+      print(f"{over} {value:5}  left out: {error}", flush=True)
       continue
     figures = measure(training, repeats, seconds)
     row = {
@@ -332,7 +351,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
   """The figures of several models as a Markdown table."""
   lines = [
     "| model | images/s (min-max) | ms a step | batch / microbatch | GFLOP an image |"
-    " of the peak | memory, GiB | compiled in, s | first step after, s |",
+    " of the peak | memory, GiB | read and compiled, s | first step done, s |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
@@ -357,6 +376,7 @@ def _measure_all(output: Path, repeats: int, seconds: float) -> None:
   for name in mlp_models.MODELS:
     command = [sys.executable, "-m", "train.bench", "--config", f"configs/{name}.py", "--json"]
     command += ["--repeats", str(repeats), "--seconds", str(seconds)]
+    command += ["--config.compilation_cache=False"]  # so that it is compiled, and not looked up
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if process.returncode:
       flags.fail(f"{' '.join(command[1:])} failed", process.returncode)
@@ -376,13 +396,15 @@ def main() -> None:
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument("--json", action="store_true", help="figures as one JSON object, the last line")
   mode.add_argument("--phases", action="store_true", help="what the parts of a step take")
-  mode.add_argument("--tune", action="store_true", help="try every microbatch")
+  mode.add_argument("--tune", action="store_true", help="try powers of two as microbatch")
   mode.add_argument("--sweep", choices=("tokens", "batch"), help="how the cost grows")
   parser.add_argument("--output", type=Path, default=Path("."), help="folder for files")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--seconds", type=float, default=5.0, help="of one repeat")
   if "--all" in sys.argv:
     arguments, config = parser.parse_args(), None
+    if arguments.json or arguments.phases or arguments.tune or arguments.sweep:
+      parser.error("--all measures the defaults, and takes --output, --repeats and --seconds only")
   else:
     arguments, config = flags.parse(parser)
   repeats, seconds = arguments.repeats, arguments.seconds
@@ -396,7 +418,8 @@ def main() -> None:
     check.check_config(config)
     mesh.start_jax(config)
     if arguments.tune:
-      rates = tune(config, repeats, seconds)
+      if not (rates := tune(config, repeats, seconds)):
+        raise MemoryError("no microbatch fits the memory")
       print(f"fastest: --config.microbatch={max(rates, key=rates.get)}")
     elif arguments.sweep:
       _sweep_and_draw(config, arguments)
@@ -415,7 +438,8 @@ def main() -> None:
 
 def _sweep_and_draw(config: ConfigDict, arguments: argparse.Namespace) -> None:
   over = arguments.sweep
-  rows = sweep(config, over, arguments.repeats, arguments.seconds)
+  if not (rows := sweep(config, over, arguments.repeats, arguments.seconds)):
+    flags.fail(f"--sweep {over}: no size could be measured", 1)
   name = config.model.name
   (arguments.output / "sweep.json").write_text(json.dumps({"model": name, "rows": rows}, indent=2))
   draw_sweep(rows, over, f"{name}: cost by {over}", arguments.output / "sweep.png")

@@ -47,7 +47,7 @@ _FLAGS = {  # of cv2.imdecode, by number of channels; photos are not turned, as 
   3: cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
   4: cv2.IMREAD_UNCHANGED,
 }
-_TO_RGB = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}
+_TO_RGBA = {1: cv2.COLOR_GRAY2RGBA, 3: cv2.COLOR_BGR2RGBA, 4: cv2.COLOR_BGRA2RGBA}
 
 
 class DataError(Exception):
@@ -388,8 +388,11 @@ def _read(builder, instruction, shape) -> Split:
         for start in range(0, len(source), _CHUNK):
           indices = range(start, min(start + _CHUNK, len(source)))
           chunks.append(threads.submit(read_chunk, source, indices, first_row + start))
-        for chunk in chunks:
-          chunk.result()
+        try:
+          for chunk in chunks:
+            chunk.result()
+        finally:
+          threads.shutdown(wait=False, cancel_futures=True)  # after an error, of the others
     except Exception as error:
       raise DataError(
         f"{file.filename} can't be read: {_first_line(error)} {_NOTHING_DELETED}"
@@ -404,8 +407,10 @@ def _decode(encoded, shape) -> np.ndarray:
   image = cv2.imdecode(np.frombuffer(encoded, np.uint8), _FLAGS[channels])
   if image is None:
     raise ValueError("an image is damaged")
-  if channels > 1:
-    image = cv2.cvtColor(image, _TO_RGB[channels])
+  if channels == 3:
+    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+  elif channels == 4:  # unchanged by OpenCV, so still grey, colour or colour with alpha
+    image = cv2.cvtColor(image, _TO_RGBA[image.shape[2] if image.ndim == 3 else 1])
   if image.shape[:2] != (height, width):
     image = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
   return np.asarray(image).reshape(shape)

@@ -2,9 +2,7 @@
 
 import functools
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -25,7 +23,7 @@ from train.state import (
   init_state,
   make_model,
 )
-from train.step import lower_train_step, make_eval_step, make_train_step
+from train.step import compile_in_background, make_eval_step, make_train_step
 
 
 def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
@@ -57,13 +55,14 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   best_mode = optimizer.BEST[config.best_metric]
   abstract = abstract_state(config, info)
   steps_per_epoch = data.num_batches(info.sizes["train"], config.batch_size)
+  config.steps_per_call = min(config.steps_per_call, steps_per_epoch)
 
   with StopRequest() as stop, Checkpoints(folder) as checkpoints:
     step = make_train_step(config, info.num_classes, microbatch, mesh)
-    with ThreadPoolExecutor(1) as reader:  # reading and compiling need not wait for each other
-      reading = reader.submit(data.load, config.data, config.model.image_size)
-      compiled = lower_train_step(step, config, info, mesh).compile()
-      dataset = reading.result()
+    compiling = compile_in_background(step, config, info, mesh)
+    dataset = data.load(config.data, config.model.image_size)
+    compiled = compiling.result()
+    stop.check()
 
     state = checkpoints.restore_last(abstract, replicated(mesh))
     if state is None:
@@ -150,19 +149,25 @@ def _train_epoch(
   progress: metrics.Progress,
   after_call: Callable[[TrainState], None],
 ) -> TrainState:
-  under_way = deque()
+  before = None
   for batches in calls:
     state, sums = step(state, batches)
-    under_way.append(sums.loss)
-    if len(under_way) > 1:  # one call runs and one waits, so that a signal is soon obeyed
-      if not np.isfinite(under_way.popleft()).all():
-        raise TrainingFailed(
-          f"the loss is no number after step {int(state.step)}: training diverged. Try a smaller "
-          "--config.optimizer.learning_rate, in another --workdir."
-        )
+    if before is not None:  # one call runs and one waits, so that a signal is soon obeyed
+      _require_finite(before)
+    before = sums.loss
     progress.update(len(batches["label"]))
     after_call(state)
+  if before is not None:
+    _require_finite(before)
   return state
+
+
+def _require_finite(losses: jax.Array) -> None:
+  if not np.isfinite(losses).all():
+    raise TrainingFailed(
+      "the loss is no number any more: training diverged. Try a smaller "
+      "--config.optimizer.learning_rate, in another --workdir."
+    )
 
 
 def _finished(state: TrainState, config: ConfigDict) -> bool:

@@ -7,6 +7,7 @@ device first and over the devices once a step.
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -45,12 +46,16 @@ def make_train_step(config: ConfigDict, num_classes: int, microbatch: int, mesh:
     single = len(batches["label"]) == 1
     return jax.lax.scan(step, state, batches, unroll=single)
 
-  options = {}
+  return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options(config, mesh))
+
+
+def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, str]:
+  """What XLA must be told to compile gradients for `config`."""
   if config.remat and mesh.devices.flat[0].platform == "cpu":
     # On a CPU, XLA drops the barriers in front of what is computed again, and then finds that it
     # has computed it before: remat would save nothing.
-    options["xla_disable_hlo_passes"] = "cse_barrier_expander"
-  return jax.jit(steps, donate_argnums=0, compiler_options=options)
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+  return {}
 
 
 def lower_train_step(
@@ -68,6 +73,19 @@ def lower_train_step(
     abstract(abstract_state(config, info), replicated(mesh)),
     abstract(batches, by_example(mesh, axis=1)),
   )
+
+
+def compile_in_background(
+  step: Callable, config: ConfigDict, info: DatasetInfo, mesh: Mesh
+) -> Future[jax.stages.Compiled]:
+  """Compiles what `make_train_step` gave; a later call of `step` uses it.
+
+  In a thread, because XLA needs no Python: images can be read meanwhile.
+  """
+  worker = ThreadPoolExecutor(1)
+  compiling = worker.submit(lambda: lower_train_step(step, config, info, mesh).compile())
+  worker.shutdown(wait=False)
+  return compiling
 
 
 def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> Callable:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from configs import default
 from train.data import DatasetInfo
 
 # What changes nothing but where and how fast a run is computed: it may go on on another machine.
@@ -61,12 +62,14 @@ def claim(workdir: Path, config: ConfigDict, info: DatasetInfo) -> None:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-  """The config of the run in `workdir`.
+  """The config of the run in `workdir`; knobs that are newer than the run have their defaults.
 
   Raises:
     WorkdirError: no run is there.
   """
-  return ConfigDict(_read(workdir / "config.json"))
+  config = ConfigDict(default.get_config(), type_safe=False)
+  config.update(_read(workdir / "config.json"))
+  return config
 
 
 def read_dataset(workdir: Path) -> DatasetInfo:
