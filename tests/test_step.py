@@ -230,6 +230,7 @@ def test_remat_is_in_every_block(name):
   assert checkpoints(True) >= config.model.num_blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixer", "perceiver", "vit"])
 def test_remat_changes_no_loss(name):
   config = smoke_config(name)
