@@ -111,15 +111,13 @@ def _worker(target, pipe: Connection, *args) -> None:
 
 def _answer(pipe: Connection, train) -> None:
   """Answers numbers of steps with the seconds that `train` took for them, until None comes."""
-  import resource
+  from train.bench import process_memory
 
   while (steps := pipe.recv()) is not None:
     began = time.perf_counter()
     train(steps)
     seconds = time.perf_counter() - began
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    pipe.send({"seconds": seconds, "bytes": peak})
+    pipe.send({"seconds": seconds, "bytes": process_memory()})
 
 
 def _ours(pipe: Connection, name: str) -> None:
@@ -155,7 +153,7 @@ def _keras(pipe: Connection, name: str, backend: str) -> None:
 
   flags.quiet_libraries()
   config = _config(name)
-  split = data.load(data.resolve(config.data), config.model.image_size, splits=("train",)).train
+  split = data.load(config.data, config.model.image_size, splits=("train",)).train
   mean, variance = channel_statistics(split.images)
   ours = mlp_models.create(**config.model)
   model = keras_models.make(name, ours, config.augment.to_dict(), mean, variance)

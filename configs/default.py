@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
   config.dtype = "float32"  # of activations and matrix products, or "bfloat16"; weights are float32
   config.compilation_cache = True  # keep compiled steps in ~/.cache/mlp_models for the next run
   # Keep only each block's inputs for the backward pass and compute the rest again: less memory,
-  # about a third more time.
+  # one more forward pass.
   config.remat = False
 
   config.data = ConfigDict()

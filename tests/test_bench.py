@@ -16,7 +16,7 @@ from train import bench
 from train.data import DatasetInfo
 
 REPOSITORY = Path(__file__).parents[1]
-INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {})
+INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
 
 
 def test_figures_hang_together():
@@ -74,6 +74,13 @@ def test_perceivers_cost_is_linear_in_the_tokens_and_vits_is_not():
   assert growth("perceiver") < 2
   assert growth("perceiver", num_blocks=1, num_latents=32) < 4
   assert growth("vit", pool="mean") > 10
+
+
+@pytest.mark.slow
+def test_tune_tries_the_powers_of_two_in_a_devices_share():
+  rates = bench.tune(smoke_config(), repeats=1, seconds=0.05)  # 64 images over 8 devices
+  assert list(rates) == [1, 2, 4, 8]
+  assert min(rates.values()) > 0
 
 
 def test_sweep_writes_numbers_and_a_picture(tmp_path, monkeypatch, capsys):

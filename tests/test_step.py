@@ -19,7 +19,7 @@ from train.state import Sums, channel_statistics, init_state, make_model
 from train.step import lower_train_step, make_eval_step, make_train_step, sum_metrics
 
 BATCH = 32
-INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {})
+INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
 
 
 def smoke_config(name: str):

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 import mlp_models
 from train import augment, check, data, flags, mesh
-from train.state import TrainState, channel_statistics, init_state, make_model
+from train.state import TrainState, make_model, new_state
 from train.step import (
   compile_in_background,
   compiler_options,
@@ -69,63 +69,64 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   """
   devices = mesh.make_mesh()
   microbatch = mesh.microbatch_size(config, devices)
-  data_config = data.resolve(config.data)
-  info = data.describe(data_config)
-  per_epoch = data.num_batches(info.sizes["train"], config.batch_size)
-  config.steps_per_call = min(config.steps_per_call, per_epoch)
+  info = data.describe(config.data)
   step = make_train_step(config, info.num_classes, microbatch, devices)
   began = time.perf_counter()
   compiling = compile_in_background(step, config, info, devices)
+  ended = []
+  compiling.add_done_callback(lambda _: ended.append(time.perf_counter()))
   dataset = dataset or _load(config)
-  compiled = compiling.result()
-  compile_seconds = time.perf_counter() - began
-  memory = compiled.memory_analysis().temp_size_in_bytes
+  memory = compiling.result().memory_analysis().temp_size_in_bytes
   available = psutil.virtual_memory().available
   if devices.devices.flat[0].platform == "cpu" and memory * devices.size > available:
     raise MemoryError(
       f"a step needs {memory * devices.size / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
     )
 
-  init = functools.partial(init_state, config, info)
-  init = jax.jit(init, out_shardings=mesh.replicated(devices))
   sharding = mesh.by_example(devices, axis=1)
   epochs = (data.train_calls(dataset.train, config, sharding, n) for n in itertools.count(1))
   calls = itertools.chain.from_iterable(epochs)
-  # An epoch's last call may have fewer steps: another program, to be compiled first.
-  calls = (call for call in calls if len(call["label"]) == config.steps_per_call)
   try:
-    state = init(*channel_statistics(dataset.train.images))
-    state, _ = jax.block_until_ready(step(state, next(calls)))
+    state = new_state(config, info, dataset.train.images, mesh.replicated(devices))
+    first = next(calls)
+    state, _ = jax.block_until_ready(step(state, first))
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise MemoryError(str(error).splitlines()[0]) from error
-  return Training(config, info, devices, microbatch, step, state, calls, compile_seconds, memory)
+  # An epoch's last call may have fewer steps: another program, to be compiled first.
+  calls = (call for call in calls if len(call["label"]) == len(first["label"]))
+  seconds = ended[0] - began
+  return Training(config, info, devices, microbatch, step, state, calls, seconds, memory)
 
 
 def run(training: Training, steps: int) -> tuple[Training, float]:
   """Trains for so many steps, in whole calls: the run after them, and the seconds a step took."""
-  per_call = training.config.steps_per_call
-  calls = max(1, steps // per_call)
-  state, sums = training.state, None
+  state, sums, done = training.state, None, 0
   began = time.perf_counter()
-  for batches in itertools.islice(training.calls, calls):
-    before = sums
+  while done < steps:
+    batches, before = next(training.calls), sums
     state, sums = training.step(state, batches)
     jax.block_until_ready(before)  # one call runs and one waits, as in training
+    done += len(batches["label"])
   jax.block_until_ready(state)
-  seconds = time.perf_counter() - began
-  return training._replace(state=state), seconds / (calls * per_call)
+  return training._replace(state=state), (time.perf_counter() - began) / done
 
 
-def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
-  """The figures of a run; `repeats` times it trains for about `seconds`."""
+def time_steps(training: Training, repeats: int, seconds: float) -> tuple[Training, list[float]]:
+  """The run after `repeats` of about `seconds` each, and the seconds a step took in each."""
   training, once = run(training, 1)
   steps = max(1, round(seconds / once))
   times = []
   for _ in range(repeats):
     training, once = run(training, steps)
     times.append(once)
+  return training, times
+
+
+def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
+  """The figures of a run; `repeats` times it trains for about `seconds`."""
+  training, times = time_steps(training, repeats, seconds)
   config, devices = training.config, training.mesh
   batch = config.batch_size
   rate = batch / statistics.median(times)
@@ -184,6 +185,11 @@ def peak_memory(devices: Mesh) -> int:
   """Bytes: of the fullest device on an accelerator, of the whole process on a CPU."""
   if devices.devices.flat[0].platform != "cpu":
     return max(d.memory_stats()["peak_bytes_in_use"] for d in devices.local_devices)
+  return process_memory()
+
+
+def process_memory() -> int:
+  """The most bytes of memory that this process has held so far."""
   unit = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -236,7 +242,7 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
     copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
     began = time.perf_counter()
     jax.block_until_ready(training.step(copy, batches))
-    times["optimizer"].append((time.perf_counter() - began) / config.steps_per_call)
+    times["optimizer"].append((time.perf_counter() - began) / len(batches["label"]))
     copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
     _, seconds = run(training._replace(state=copy), 1)
     times["input"].append(seconds)
@@ -261,7 +267,8 @@ def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
       except MemoryError as error:
         print(f"microbatch {microbatch:4}  left out: {error}", flush=True)
         continue
-      rates[microbatch] = measure(training, repeats, seconds)["images_per_second"]
+      _, times = time_steps(training, repeats, seconds)
+      rates[microbatch] = config.batch_size / statistics.median(times)
       print(f"microbatch {microbatch:4}  {rates[microbatch]:8.1f} images/s", flush=True)
   return rates
 
@@ -291,12 +298,12 @@ def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[d
     except (check.ConfigError, MemoryError) as error:
       print(f"{over} {value:5}  left out: {error}", flush=True)
       continue
-    figures = measure(training, repeats, seconds)
+    training, times = time_steps(training, repeats, seconds)
     row = {
       over: value,
-      "ms_per_image": figures["step_ms"] / config.batch_size,
-      "images_per_second": figures["images_per_second"],
-      "flops_per_image": figures["flops_per_image"],
+      "ms_per_image": 1e3 * statistics.median(times) / config.batch_size,
+      "images_per_second": config.batch_size / statistics.median(times),
+      "flops_per_image": flops_per_image(config, training.info),
       "temporary_bytes": training.memory,
     }
     rows.append(row)
@@ -309,7 +316,7 @@ def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[d
 
 
 def _load(config: ConfigDict) -> data.Dataset:
-  return data.load(data.resolve(config.data), config.model.image_size, splits=("train",))
+  return data.load(config.data, config.model.image_size, splits=("train",))
 
 
 def draw_sweep(rows: list[dict[str, Any]], over: str, title: str, path: Path) -> None:
@@ -351,7 +358,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
   """The figures of several models as a Markdown table."""
   lines = [
     "| model | images/s (min-max) | ms a step | batch / microbatch | GFLOP an image |"
-    " of the peak | memory, GiB | read and compiled, s | first step done, s |",
+    " of the peak | memory, GiB | compiled in, s | first step done, s |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
@@ -417,6 +424,7 @@ def main() -> None:
       return _measure_all(arguments.output, repeats, seconds)
     check.check_config(config)
     mesh.start_jax(config)
+    config.data = data.resolve(config.data)
     if arguments.tune:
       if not (rates := tune(config, repeats, seconds)):
         raise MemoryError("no microbatch fits the memory")

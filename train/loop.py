@@ -15,14 +15,7 @@ from train.checkpoint import Checkpoints
 from train.evaluate import evaluate
 from train.interrupt import StopRequest, TrainingFailed
 from train.mesh import by_example, make_mesh, microbatch_size, replicated
-from train.state import (
-  Sums,
-  TrainState,
-  abstract_state,
-  channel_statistics,
-  init_state,
-  make_model,
-)
+from train.state import Sums, TrainState, abstract_state, make_model, new_state
 from train.step import compile_in_background, make_eval_step, make_train_step
 
 
@@ -55,7 +48,6 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   best_mode = optimizer.BEST[config.best_metric]
   abstract = abstract_state(config, info)
   steps_per_epoch = data.num_batches(info.sizes["train"], config.batch_size)
-  config.steps_per_call = min(config.steps_per_call, steps_per_epoch)
 
   with StopRequest() as stop, Checkpoints(folder) as checkpoints:
     step = make_train_step(config, info.num_classes, microbatch, mesh)
@@ -66,8 +58,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
 
     state = checkpoints.restore_last(abstract, replicated(mesh))
     if state is None:
-      init = jax.jit(functools.partial(init_state, config, info), out_shardings=replicated(mesh))
-      state = init(*channel_statistics(dataset.train.images))
+      state = new_state(config, info, dataset.train.images, replicated(mesh))
     else:
       print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
     calls = functools.partial(data.train_calls, dataset.train, config, by_example(mesh, axis=1))

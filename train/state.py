@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 import mlp_models
@@ -114,6 +115,18 @@ def init_state(
     variance=jnp.asarray(variance),
     seed=jnp.asarray(config.seed, jnp.uint32),
   )
+
+
+def new_state(
+  config: ConfigDict, info: DatasetInfo, images: np.ndarray, sharding: Sharding
+) -> TrainState:
+  """The state before the first step, on the devices of `sharding`.
+
+  Args:
+    images: the training images, uint8 [N, H, W, C], for their statistics.
+  """
+  init = jax.jit(functools.partial(init_state, config, info), out_shardings=sharding)
+  return init(*channel_statistics(images))
 
 
 def abstract_state(config: ConfigDict, info: DatasetInfo) -> TrainState:

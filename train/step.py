@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from train import augment
-from train.data import DatasetInfo
+from train.data import DatasetInfo, num_batches
 from train.mesh import DATA, abstract, by_example, replicated
 from train.optimizer import make_optimizer
 from train.state import Sums, TrainState, Weights, abstract_state, make_model
@@ -61,8 +61,9 @@ def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, str]:
 def lower_train_step(
   step: Callable, config: ConfigDict, info: DatasetInfo, mesh: Mesh
 ) -> jax.stages.Lowered:
-  """Lowers what `make_train_step` gave, from shapes alone: no image need have been read."""
-  steps_and_batch = (config.steps_per_call, config.batch_size)
+  """Lowers what `make_train_step` gave, from the shapes of an epoch's first call alone."""
+  steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
+  steps_and_batch = (min(config.steps_per_call, steps_per_epoch), config.batch_size)
   shapes = {
     "image": ((*steps_and_batch, *info.shape_in_memory(config.model.image_size)), jnp.uint8),
     "label": (steps_and_batch, jnp.int32),
