@@ -20,7 +20,12 @@ Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform()
 # two-pass variance XLA repeats the backward pass in each of its consumers on a CPU: the gradient of
 # 16 images took MLP-Mixer 157 ms instead of 100 (one busy core, lower quartile).
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=True)
-gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def gelu(x: Array) -> Array:
+  """x times the normal distribution function of x, exact (arXiv:1606.08415, section 2)."""
+  # jax.nn.gelu takes erfc, and MLP-Mixer's step 3 % longer on a CPU.
+  return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def uniform_symmetric(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
