@@ -29,10 +29,9 @@ class GMLPBlock(nn.Module):
     u_BxTxD, v_BxTxD = jnp.split(h_BxTx2D, 2, axis=-1)
     v_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm2")(v_BxTxD)
     # A bias of one, so that the gate starts open.
-    spatial = layers.Dense(
-      num_tokens, bias_init=nn.initializers.ones, dtype=self.dtype, name="spatial"
-    )
-    v_BxTxD = spatial(v_BxTxD.swapaxes(1, 2)).swapaxes(1, 2)
+    v_BxTxD = layers.TokenDense(
+      num_tokens, self.dtype, bias_init=nn.initializers.ones, name="spatial"
+    )(v_BxTxD)
 
     return x_BxTxD + layers.Dense(width, dtype=self.dtype, name="proj_out")(u_BxTxD * v_BxTxD)
 

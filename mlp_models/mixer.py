@@ -12,18 +12,32 @@ from jax.typing import DTypeLike
 from mlp_models import layers
 
 
-class MLP(nn.Module):
-  """Two dense layers over the last axis, with dropout at the end."""
+class TokenMLP(nn.Module):
+  """Two dense layers over the tokens, with dropout at the end: [B, T, D] -> [B, T, D]."""
 
   hidden: int
   dropout_rate: float
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: Array, seeds_B: Array | None) -> Array:
-    h = layers.gelu(layers.Dense(self.hidden, dtype=self.dtype, name="in")(x))
-    y = layers.Dense(x.shape[-1], dtype=self.dtype, name="out")(h)
-    return layers.Dropout(self.dropout_rate)(y, seeds_B)
+  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
+    h_BxFxD = layers.gelu(layers.TokenDense(self.hidden, self.dtype, name="in")(x_BxTxD))
+    y_BxTxD = layers.TokenDense(x_BxTxD.shape[1], self.dtype, name="out")(h_BxFxD)
+    return layers.Dropout(self.dropout_rate)(y_BxTxD, seeds_B)
+
+
+class ChannelMLP(nn.Module):
+  """Two dense layers over the channels, with dropout at the end: [B, T, D] -> [B, T, D]."""
+
+  hidden: int
+  dropout_rate: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
+    h_BxTxF = layers.gelu(layers.Dense(self.hidden, dtype=self.dtype, name="in")(x_BxTxD))
+    y_BxTxD = layers.Dense(x_BxTxD.shape[2], dtype=self.dtype, name="out")(h_BxTxF)
+    return layers.Dropout(self.dropout_rate)(y_BxTxD, seeds_B)
 
 
 class MixerBlock(nn.Module):
@@ -36,10 +50,10 @@ class MixerBlock(nn.Module):
   def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
     num_tokens = x_BxTxD.shape[1]
     norm = layers.LayerNorm(dtype=self.dtype, name="norm")
-    token_mlp = MLP(num_tokens, self.dropout_rate, self.dtype, name="token_mlp")
-    channel_mlp = MLP(num_tokens, self.dropout_rate, self.dtype, name="channel_mlp")
+    token_mlp = TokenMLP(num_tokens, self.dropout_rate, self.dtype, name="token_mlp")
+    channel_mlp = ChannelMLP(num_tokens, self.dropout_rate, self.dtype, name="channel_mlp")
 
-    x_BxTxD += token_mlp(norm(x_BxTxD).swapaxes(1, 2), seeds_B).swapaxes(1, 2)
+    x_BxTxD += token_mlp(norm(x_BxTxD), seeds_B)
     return x_BxTxD + channel_mlp(norm(x_BxTxD), seeds_B)
 
 

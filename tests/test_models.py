@@ -104,8 +104,7 @@ def dropout_calls(name):
 def test_dropout_shapes_and_rates_are_those_of_the_keras_examples():
   T, D, L = 4, 16, 3
   # Mixer: after each MLP's last layer. FNet, gMLP: after the hidden layer. All: before the head.
-  block = [(0.2, (D, T)), (0.2, (T, D))]
-  assert dropout_calls("mixer") == [*block, *block, (0.2, (D,))]
+  assert dropout_calls("mixer") == [(0.2, (T, D))] * 4 + [(0.2, (D,))]
   assert dropout_calls("fnet") == [(0.2, (T, D))] * 2 + [(0.2, (D,))]
   assert dropout_calls("gmlp") == [(0.2, (T, 2 * D))] * 2 + [(0.2, (D,))]
   # Perceiver: on the attention's weights, after each FFN's last layer, and on the logits.
