@@ -1,6 +1,6 @@
-"""What the five models share: patches, initial values, dropout and attention.
+"""What the five models share: patches, dense layers, initial values and dropout.
 
-Shapes: B batch, H W image, C channels, P patch size, T S tokens, D width, N heads, K head width.
+Shapes: B batch, H W image, C channels, P patch size, T S tokens, D F widths.
 """
 
 import functools
@@ -15,11 +15,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 
-def _rows_times(x: Array, kernel_DxF: Array, dimension_numbers, **options) -> Array:
-  """`jax.lax.dot_general` for nn.Dense, [..., D] -> [..., F], as a product of two matrices."""
-  # As such its gradient is one, too. With the axes of batch and tokens left apart, XLA computes the
-  # kernel's gradient by a slower way on a CPU: MLP-Mixer's gradients take 14 % longer.
-  del dimension_numbers  # nn.Dense contracts the last axis with the first
+def rows_times(x: Array, kernel_DxF: Array, **options) -> Array:
+  """[..., D] times [D, F] is [..., F]; `options` are those of `jax.lax.dot_general`."""
+  # As a product of two matrices, so that its gradients are, too. With the axes of batch and tokens
+  # left apart, XLA takes a slower way to the kernel's gradient on a CPU: MLP-Mixer's gradients take
+  # 14 % longer.
   rows = x.reshape(-1, x.shape[-1])
   product = jax.lax.dot_general(rows, kernel_DxF, (((1,), (0,)), ((), ())), **options)
   return product.reshape(*x.shape[:-1], kernel_DxF.shape[-1])
@@ -27,7 +27,9 @@ def _rows_times(x: Array, kernel_DxF: Array, dimension_numbers, **options) -> Ar
 
 # Initial values and constants are those of Keras, where the reference numbers come from.
 Dense = functools.partial(
-  nn.Dense, kernel_init=nn.initializers.glorot_uniform(), dot_general=_rows_times
+  nn.Dense,
+  kernel_init=nn.initializers.glorot_uniform(),
+  dot_general=lambda x, kernel, contracted, **options: rows_times(x, kernel, **options),
 )
 # E[x^2] - E[x]^2 loses no digits that matter here: the golden gradients agree within 1e-5. With the
 # two-pass variance XLA repeats the backward pass in each of its consumers on a CPU: the gradient of
@@ -183,10 +185,17 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, seeds_B: Array | None) -> Array:
-    if seeds_B is None or self.rate == 0:
-      return x
-    layer = zlib.crc32("/".join(self.path).encode())
-    return _drop(x, fold_in(seeds_B, layer), self.rate)
+    return drop(x, layer_seeds(self, seeds_B), self.rate)
+
+
+def layer_seeds(layer: nn.Module, seeds_B: Array | None) -> Array | None:
+  """Other seeds for each layer, by its place in the model; None (evaluation) stays None."""
+  return fold_in(seeds_B, zlib.crc32("/".join(layer.path).encode()))
+
+
+def drop(x: Array, seeds_B: Array | None, rate: float) -> Array:
+  """What `Dropout` does, with the `layer_seeds` given: x is [B, ...], of any float dtype."""
+  return x if seeds_B is None or rate == 0 else _drop(x, seeds_B, rate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -206,64 +215,3 @@ _drop.defvjp(
   lambda x, seeds_B, rate: (_drop(x, seeds_B, rate), seeds_B),
   lambda rate, seeds_B, gradient: (_drop(gradient, seeds_B, rate), None),
 )
-
-
-def attention(
-  query_BxTxNxK: Array,
-  key_BxSxNxK: Array,
-  value_BxSxNxK: Array,
-  *,
-  dropout: Dropout,
-  seeds_B: Array | None,
-  scale: float | None = None,
-) -> Array:
-  """Dot-product attention with dropout on its weights.
-
-  Args:
-    query_BxTxNxK, key_BxSxNxK, value_BxSxNxK: heads next to last; S tokens are looked at by T.
-    dropout: applied to the weights [B, N, T, S].
-    seeds_B: uint32 [B], or None in evaluation.
-    scale: what the scores are multiplied by; None for 1/sqrt(K).
-  Returns:
-    [B, T, N, K] in the dtype of the query; the softmax is float32.
-  """
-  # Two ways, because only the first may be replaced by a fused kernel, and none of those takes our
-  # dropout: their masks would depend on how the batch is cut.
-  if seeds_B is None or dropout.rate == 0:
-    return jax.nn.dot_product_attention(query_BxTxNxK, key_BxSxNxK, value_BxSxNxK, scale=scale)
-  if scale is not None:  # flax always divides by sqrt(K)
-    query_BxTxNxK = query_BxTxNxK * (scale * math.sqrt(query_BxTxNxK.shape[-1]))
-  weights_BxNxTxS = nn.dot_product_attention_weights(
-    query_BxTxNxK, key_BxSxNxK, force_fp32_for_softmax=True
-  ).astype(query_BxTxNxK.dtype)
-  return jnp.einsum("bnts,bsnk->btnk", dropout(weights_BxNxTxS, seeds_B), value_BxSxNxK)
-
-
-class SelfAttention(nn.Module):
-  """Multi-head self-attention, [B, T, D] -> [B, T, D], with heads of any width."""
-
-  num_heads: int
-  head_dim: int
-  dropout_rate: float
-  dtype: DTypeLike
-
-  @nn.compact
-  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
-    # Einsum, not DenseGeneral, which shows its initializer a flattened kernel: Glorot's limits
-    # are then not those of Keras, which counts all axes but the last two as a receptive field.
-    project = functools.partial(
-      nn.Einsum, kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype
-    )
-    width = x_BxTxD.shape[-1]
-    shape = (width, self.num_heads, self.head_dim)
-    query_BxTxNxK = project(shape, "btd,dnk->btnk", name="query")(x_BxTxD)
-    key_BxTxNxK = project(shape, "btd,dnk->btnk", name="key")(x_BxTxD)
-    value_BxTxNxK = project(shape, "btd,dnk->btnk", name="value")(x_BxTxD)
-    x_BxTxNxK = attention(
-      query_BxTxNxK,
-      key_BxTxNxK,
-      value_BxTxNxK,
-      dropout=Dropout(self.dropout_rate),
-      seeds_B=seeds_B,
-    )
-    return project((self.num_heads, self.head_dim, width), "btnk,nkd->btd", name="out")(x_BxTxNxK)

@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mlp_models import layers
+from mlp_models.attention import DotProductAttention, SelfAttention
 
 
 class FFN(nn.Module):
@@ -56,7 +57,7 @@ class CrossAttention(nn.Module):
     self.key = layers.Dense(width, dtype=self.dtype)
     self.value = layers.Dense(width, dtype=self.dtype)
     self.score = Scale()
-    self.attention_dropout = layers.Dropout(self.attention_dropout_rate)
+    self.attend = DotProductAttention(self.attention_dropout_rate, scale=1.0)
     self.norm_out = layers.LayerNorm(dtype=self.dtype)
     self.ffn = FFN(self.ffn_units, self.dropout_rate, self.dtype)
 
@@ -72,15 +73,10 @@ class CrossAttention(nn.Module):
     latents_BxLxD = self.norm_latents(latents_BxLxD)
     query_BxLxD = self.score(self.query(latents_BxLxD))
     query_BxLxD = jnp.broadcast_to(query_BxLxD, (len(key_BxTxD), *query_BxLxD.shape[1:]))
-    attended_BxLx1xD = layers.attention(
-      query_BxLxD[:, :, None],
-      key_BxTxD[:, :, None],
-      value_BxTxD[:, :, None],
-      dropout=self.attention_dropout,
-      seeds_B=seeds_B,
-      scale=1.0,
+    attended_Bx1xLxD = self.attend(
+      query_BxLxD[:, None], key_BxTxD[:, None], value_BxTxD[:, None], seeds_B
     )
-    x_BxLxD = self.norm_out(attended_BxLx1xD[:, :, 0] + latents_BxLxD)
+    x_BxLxD = self.norm_out(attended_Bx1xLxD[:, 0] + latents_BxLxD)
     return x_BxLxD + self.ffn(x_BxLxD, seeds_B)
 
 
@@ -96,7 +92,7 @@ class LatentBlock(nn.Module):
   @nn.compact
   def __call__(self, x_BxLxD: Array, seeds_B: Array | None) -> Array:
     width = x_BxLxD.shape[-1]
-    attention = layers.SelfAttention(
+    attention = SelfAttention(
       self.num_heads, width, self.attention_dropout_rate, self.dtype, name="attention"
     )
     ffn = FFN(self.ffn_units, self.dropout_rate, self.dtype, name="ffn")

@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mlp_models import layers
+from mlp_models.attention import SelfAttention
 
 POOLS = ("flatten", "mean")
 
@@ -44,7 +45,7 @@ class ViTBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
-    attention = layers.SelfAttention(
+    attention = SelfAttention(
       self.num_heads, self.head_dim, self.attention_dropout_rate, self.dtype, name="attention"
     )
     mlp = MLP(self.mlp_units, self.dropout_rate, self.dtype, name="mlp")

@@ -10,6 +10,7 @@ import pytest
 
 import mlp_models
 from mlp_models import layers
+from mlp_models.attention import DotProductAttention, SelfAttention
 
 SMALL = {"image_size": 8, "patch_size": 4, "width": 16, "num_blocks": 2, "num_classes": 5}
 OVERRIDES = {name: dict(SMALL) for name in mlp_models.MODELS}
@@ -89,8 +90,12 @@ def dropout_calls(name):
   calls = []
 
   def spy(next_function, args, kwargs, context):
-    if isinstance(context.module, layers.Dropout):
-      calls.append((context.module.rate, args[0].shape[1:]))
+    module = context.module
+    if isinstance(module, layers.Dropout):
+      calls.append((module.rate, args[0].shape[1:]))
+    elif isinstance(module, DotProductAttention):
+      query, key = args[0].shape, args[1].shape
+      calls.append((module.dropout_rate, (*query[1:3], key[2])))
     return next_function(*args, **kwargs)
 
   with flax.linen.intercept_methods(spy):
@@ -122,8 +127,8 @@ def test_perceiver_iterations_have_masks_of_their_own():
     seeds = []
 
     def spy(next_function, args, kwargs, context):
-      if context.module.path == ("cross", "attention_dropout"):
-        seeds.append(args[1])
+      if context.module.path == ("cross", "attend"):
+        seeds.append(args[3])
       return next_function(*args, **kwargs)
 
     with flax.linen.intercept_methods(spy):
@@ -175,21 +180,35 @@ def test_bfloat16_computes_in_half_and_keeps_params_and_logits_in_full(name):
   assert 0 < np.abs(half - full).max() < 0.1 * np.abs(full).max()
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_attention_is_softmax_of_scaled_scores(train):
-  query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 4))
-  scores = np.einsum("btnk,bsnk->bnts", query, key) * 0.3
-  expected = np.einsum("bnts,bsnk->btnk", jax.nn.softmax(scores), value)
-  # So small a rate drops nothing here, but takes the way that training takes.
-  dropout = layers.Dropout(1e-9, parent=None)
-  seeds = jnp.array([12345, 67890], jnp.uint32) if train else None
-  actual = layers.attention(query, key, value, dropout=dropout.bind({}), seeds_B=seeds, scale=0.3)
-  np.testing.assert_allclose(actual, expected, atol=1e-5)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_attention_and_its_gradients_are_those_of_the_written_out_softmax(rate):
+  query, gradient = jax.random.normal(jax.random.key(0), (2, 2, 3, 5, 4))
+  key, value = jax.random.normal(jax.random.key(1), (2, 2, 3, 6, 4))
+  seeds = jnp.array([12345, 67890], jnp.uint32)
+  layer = DotProductAttention(rate, scale=0.3)
+
+  def written_out(query, key, value):
+    weights = jax.nn.softmax(0.3 * jnp.einsum("bntk,bnsk->bnts", query, key))
+    weights = layers.drop(weights, layers.layer_seeds(layer.bind({}), seeds), rate)
+    return jnp.einsum("bnts,bnsk->bntk", weights, value)
+
+  def ours(query, key, value):
+    return layer.apply({}, query, key, value, seeds)
+
+  with jax.default_matmul_precision("highest"):
+    expected, expected_gradients = jax.vjp(written_out, query, key, value)
+    actual, actual_gradients = jax.vjp(ours, query, key, value)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    for a, b in zip(actual_gradients(gradient), expected_gradients(gradient), strict=True):
+      assert np.abs(b).max() > 0.1
+      np.testing.assert_allclose(a, b, atol=1e-5)
+  evaluated = layer.apply({}, query, key, value, None)
+  assert (rate == 0) == np.array_equal(evaluated, actual)
 
 
 def test_attention_kernels_start_as_in_keras():
   # Keras counts all axes but the last two as a receptive field: fans of [64, 4, 64] are 256, 4096.
-  model = layers.SelfAttention(4, 64, 0.1, jnp.float32)
+  model = SelfAttention(4, 64, 0.1, jnp.float32)
   kernels = model.init(jax.random.key(0), jnp.zeros((1, 2, 64)), None)["params"]
   for name, limit in (("query", (6 / (256 + 4096)) ** 0.5), ("out", (6 / (256 + 256)) ** 0.5)):
     largest = np.abs(kernels[name]["kernel"]).max()
