@@ -11,6 +11,7 @@ import pytest
 import mlp_models
 from mlp_models import layers
 from mlp_models.attention import DotProductAttention, SelfAttention
+from mlp_models.fnet import fourier_mix
 
 SMALL = {"image_size": 8, "patch_size": 4, "width": 16, "num_blocks": 2, "num_classes": 5}
 OVERRIDES = {name: dict(SMALL) for name in mlp_models.MODELS}
@@ -120,6 +121,15 @@ def test_dropout_shapes_and_rates_are_those_of_the_keras_examples():
   block = [(0.1, (2, T, T)), (0.1, (T, 12)), (0.1, (T, D))]
   head = [(0.5, (T * D,)), (0.5, (24,)), (0.5, (8,))]
   assert dropout_calls("vit") == 2 * block + head
+
+
+@pytest.mark.parametrize(("num_tokens", "width"), [(4, 6), (5, 7), (1, 1)])
+def test_fourier_mix_and_its_gradient_are_those_of_the_transform(num_tokens, width):
+  x, gradient = jax.random.normal(jax.random.key(0), (2, 3, num_tokens, width))
+  expected, expected_gradient = jax.vjp(lambda x: jnp.fft.fft2(x).real, x)
+  actual, actual_gradient = jax.vjp(fourier_mix, x)
+  np.testing.assert_allclose(actual, expected, atol=1e-5)
+  np.testing.assert_allclose(*actual_gradient(gradient), *expected_gradient(gradient), atol=1e-5)
 
 
 def test_perceiver_iterations_have_masks_of_their_own():
