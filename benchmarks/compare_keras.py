@@ -33,6 +33,7 @@ def main() -> None:
   parser.add_argument("--seconds", type=float, default=10.0, help="of Keras' turn, about")
   parser.add_argument("--json", action="store_true", help="one JSON object a model, too")
   arguments = parser.parse_args()
+  os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # before any worker loads TensorFlow
   print(f"{'model':10} {'ours':>15} {'Keras':>15} {'ratio':>22} {'GiB':>12}  steps a turn")
   for name in arguments.models:
     row = compare(name, arguments.backend, arguments.rounds, arguments.seconds)
@@ -103,8 +104,12 @@ def _config(name: str):
 
 
 def _worker(target, pipe: Connection, *args) -> None:
+  from train.data import DataError
+
   try:
     target(pipe, *args)
+  except DataError as error:
+    pipe.send(str(error))
   except Exception:
     pipe.send(traceback.format_exc())
 
@@ -144,7 +149,7 @@ def _ours(pipe: Connection, name: str) -> None:
 
 
 def _keras(pipe: Connection, name: str, backend: str) -> None:
-  os.environ |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+  os.environ["KERAS_BACKEND"] = backend
   import keras
   import keras_models
 

@@ -10,9 +10,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
   """The shared recipe, without a model: configs/MODEL.py adds `config.model`."""
   config = ConfigDict()
-  config.seed = (
-    0  # everything random follows from it: initial weights, order, augmentation, dropout
-  )
+  config.seed = 0  # of everything random: initial weights, order, augmentation, dropout
   config.epochs = 50  # passes over the training split
   config.batch_size = 128  # images a step, over all devices together
   # Images that a device computes at a time; gradients are summed, and the weights updated once.
@@ -30,9 +28,7 @@ def get_config() -> ConfigDict:
 
   config.data = ConfigDict()
   config.data.name = "cifar100"  # any TFDS image classification set; "shapes100" is built in
-  config.data.data_dir = (
-    ""  # where TFDS keeps its sets; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
-  )
+  config.data.data_dir = ""  # of TFDS; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
   config.data.archive = ""  # CIFAR archive on disk to prepare from, instead of a download
   config.data.fallback = ""  # set to use if `name` is neither prepared nor to be downloaded
   config.data.train_split = "train[:90%]"  # TFDS's notation; the last tenth of "train" validates,

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import smoke_config
+from conftest import cifar100_dir, smoke_config
 from PIL import Image
 
+import mlp_models
 from train import bench
 from train.data import DatasetInfo
 
@@ -28,6 +30,7 @@ def test_figures_hang_together():
   np.testing.assert_allclose(rate * figures["step_ms"], 64e3)
   fraction = rate * figures["flops_per_image"] / figures["matmul_peak_gflops"] / 1e9
   np.testing.assert_allclose(figures["fraction_of_peak"], fraction)
+  assert figures["evaluation_images_per_second"] > rate
   assert 0.1 < figures["peak_memory_bytes"] / 2**30 < 20
 
 
@@ -45,6 +48,7 @@ def test_phases_are_parts_of_a_step():
   parts = bench.phases(bench.prepare(smoke_config()), repeats=3)
   assert list(parts) == ["augment", "forward", "backward", "optimizer", "input"]
   assert parts["backward"] > 0
+  assert 0 < parts["input"] < parts["backward"]
 
 
 def flops(name: str, **sizes) -> float:
@@ -81,6 +85,21 @@ def test_tune_tries_the_powers_of_two_in_a_devices_share():
   rates = bench.tune(smoke_config(), repeats=1, seconds=0.05)  # 64 images over 8 devices
   assert list(rates) == [1, 2, 4, 8]
   assert min(rates.values()) > 0
+
+
+@pytest.mark.slow
+def test_all_makes_a_table_of_the_default_configs(tmp_path):
+  command = [sys.executable, "-m", "train.bench", "--all", "--output", tmp_path]
+  command += ["--repeats", "1", "--seconds", "0.1"]
+  environment = os.environ | {"TFDS_DATA_DIR": str(cifar100_dir())}
+  subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=500)
+  rows = json.loads((tmp_path / "bench.json").read_text())
+  assert [row["model"] for row in rows] == list(mlp_models.MODELS)
+  assert [row["params"] for row in rows] == [242788, 621924, 885348, 9697637, 21759012]
+  table = (tmp_path / "bench.md").read_text().splitlines()
+  assert len(table[0].split("|")) == len(table[2].split("|"))
+  for line, row in zip(table[2:7], rows, strict=True):
+    assert line.startswith(f"| {row['model']} | {row['images_per_second']:.4g} ")
 
 
 def test_sweep_writes_numbers_and_a_picture(tmp_path, monkeypatch, capsys):

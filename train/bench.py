@@ -31,12 +31,14 @@ from ml_collections import ConfigDict
 
 import mlp_models
 from train import augment, check, data, flags, mesh
+from train.evaluate import evaluate
 from train.state import TrainState, make_model, new_state
 from train.step import (
   compile_in_background,
   compiler_options,
   loss,
   lower_train_step,
+  make_eval_step,
   make_train_step,
   sum_over_batch,
 )
@@ -54,6 +56,7 @@ class Training(NamedTuple):
   microbatch: int
   step: Callable
   state: TrainState
+  images: data.Split  # that it trains on
   calls: Iterator[dict]  # what `step` takes, on the mesh, without end
   compile_seconds: float
   memory: int  # bytes that the compiler plans for a device's temporaries
@@ -97,7 +100,9 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   # An epoch's last call may have fewer steps: another program, to be compiled first.
   calls = (call for call in calls if len(call["label"]) == len(first["label"]))
   seconds = ended[0] - began
-  return Training(config, info, devices, microbatch, step, state, calls, seconds, memory)
+  return Training(
+    config, info, devices, microbatch, step, state, dataset.train, calls, seconds, memory
+  )
 
 
 def run(training: Training, steps: int) -> tuple[Training, float]:
@@ -124,6 +129,24 @@ def time_steps(training: Training, repeats: int, seconds: float) -> tuple[Traini
   return training, times
 
 
+def evaluation_rate(training: Training, seconds: float) -> float:
+  """Images that an evaluation as training does it takes in a second, measured for so long."""
+  config, devices = training.config, training.mesh
+  step = make_eval_step(make_model(config, training.info.num_classes), training.microbatch, devices)
+  weights = training.state.weights()
+
+  def evaluate_images(count: int) -> float:
+    split = data.Split(training.images.images[:count], training.images.labels[:count])
+    began = time.perf_counter()
+    evaluate(step, weights, split, config.batch_size, devices)
+    return time.perf_counter() - began
+
+  evaluate_images(config.batch_size)  # compiles
+  batches = max(1, round(seconds / evaluate_images(config.batch_size)))
+  count = min(batches * config.batch_size, len(training.images))
+  return count / evaluate_images(count)
+
+
 def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
   """The figures of a run; `repeats` times it trains for about `seconds`."""
   training, times = time_steps(training, repeats, seconds)
@@ -131,6 +154,7 @@ def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
   batch = config.batch_size
   rate = batch / statistics.median(times)
   memory = peak_memory(devices)  # before what follows needs some
+  evaluation = evaluation_rate(training, seconds)
   flops = flops_per_image(config, training.info)
   peak = matmul_peak(devices, config.dtype)
   return {
@@ -145,6 +169,7 @@ def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
     "images_per_second_min": batch / max(times),
     "images_per_second_max": batch / min(times),
     "step_ms": 1e3 * statistics.median(times),
+    "evaluation_images_per_second": evaluation,
     "compile_seconds": training.compile_seconds,
     "compilation_cache": config.compilation_cache,
     "flops_per_image": flops,
@@ -197,7 +222,7 @@ def process_memory() -> int:
 def phases(training: Training, repeats: int) -> dict[str, float]:
   """Milliseconds of a step that each phase takes, as differences between parts of the step.
 
-  `input` is what the step takes longer on fresh batches than on one that lies on the device.
+  `input` is not a part but the time that the host takes for a batch, while a step runs.
   """
   config, devices, microbatch = training.config, training.mesh, training.microbatch
   state = training.state
@@ -232,7 +257,7 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
     return jax.jit(sum_parts, compiler_options=compiler_options(config, devices))
 
   functions = {name: on_the_batch(part) for name, part in parts.items()}
-  times = {name: [] for name in (*functions, "optimizer", "input")}
+  times = {name: [] for name in (*functions, "optimizer", "input")}  # the first one compiles
   for _ in range(repeats + 1):
     for name, function in functions.items():
       began = time.perf_counter()
@@ -243,15 +268,15 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
     began = time.perf_counter()
     jax.block_until_ready(training.step(copy, batches))
     times["optimizer"].append((time.perf_counter() - began) / len(batches["label"]))
-    copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
-    _, seconds = run(training._replace(state=copy), 1)
-    times["input"].append(seconds)
+    began = time.perf_counter()
+    next(training.calls)
+    times["input"].append((time.perf_counter() - began) / len(batches["label"]))
+  medians = {name: 1e3 * statistics.median(seconds[1:]) for name, seconds in times.items()}
   result, before = {}, 0.0
-  for name, seconds in times.items():
-    median = statistics.median(seconds[1:])  # the first one compiled
-    result[name] = 1e3 * (median - before)
-    before = median
-  return result
+  for name in (*functions, "optimizer"):
+    result[name] = medians[name] - before
+    before = medians[name]
+  return result | {"input": medians["input"]}
 
 
 def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
@@ -358,15 +383,16 @@ def format_table(rows: list[dict[str, Any]]) -> str:
   """The figures of several models as a Markdown table."""
   lines = [
     "| model | images/s (min-max) | ms a step | batch / microbatch | GFLOP an image |"
-    " of the peak | memory, GiB | compiled in, s | first step done, s |",
-    "|---|---|---|---|---|---|---|---|---|",
+    " of the peak | evaluation, images/s | memory, GiB | compiled in, s | first step done, s |",
+    "|---|---|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
     lines.append(
       f"| {row['model']} | {row['images_per_second']:.4g} ({row['images_per_second_min']:.4g}-"
       f"{row['images_per_second_max']:.4g}) | {row['step_ms']:.0f} | {row['batch_size']} / "
       f"{row['microbatch']} | {row['flops_per_image'] / 1e9:.2f} | "
-      f"{100 * row['fraction_of_peak']:.0f} % | {row['peak_memory_bytes'] / 2**30:.1f} | "
+      f"{100 * row['fraction_of_peak']:.0f} % | "
+      f"{row['evaluation_images_per_second']:.4g} | {row['peak_memory_bytes'] / 2**30:.1f} | "
       f"{row['compile_seconds']:.1f} | {row['start_seconds']:.1f} |"
     )
   row = rows[0]
