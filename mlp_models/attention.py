@@ -19,8 +19,8 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 class DotProductAttention(nn.Module):
   """softmax(scale Q K^T) V with dropout on the softmax, of [B, N, T, K] and twice [B, N, S, K].
 
-  Returns [B, N, T, K] in the dtype of the query; the softmax is float32. `seeds_B` are those of
-  `layers.example_seeds`, or None in evaluation.
+  All three are of one dtype, and so is the result, [B, N, T, K]; the softmax is float32. `seeds_B`
+  are those of `layers.example_seeds`, or None in evaluation.
   """
 
   dropout_rate: float
@@ -46,11 +46,11 @@ def _attend(
   return _attend_forward(query_BxNxTxK, key_BxNxSxK, value_BxNxSxK, seeds_B, rate)[0]
 
 
-# With a derivative of its own because that takes less: only one array of the size [B, N, T, S] is
-# kept, and the softmax's sums go where there are fewer elements. The division comes after the
-# product with the values, and the weighted mean of the weights' gradients is the product of output
-# and gradient (as in FlashAttention, arXiv:2205.14135, appendix B.2; dropout changes nothing in
-# it). The gradients of ViT take 6 % less than with the softmax written out, Perceiver's 10 %.
+# With a derivative of its own, which keeps one array of the size [B, N, T, S] and not three. The
+# softmax's division is done on [B, N, T, K], after the product with the values; and the mean that
+# its derivative takes off is the product of output and gradient (as in FlashAttention,
+# arXiv:2205.14135, appendix B.2; dropout changes nothing in it). The gradients of ViT take 6 % less
+# than with the softmax written out, Perceiver's 10 %. What goes into sums and exponents is float32.
 def _attend_forward(query_BxNxTxK, key_BxNxSxK, value_BxNxSxK, seeds_B, rate):
   dtype = query_BxNxTxK.dtype
   scores_BxNxTxS = _product("bntk,bnsk->bnts", query_BxNxTxK, key_BxNxSxK)
@@ -68,8 +68,9 @@ def _attend_backward(rate, kept, grad_BxNxTxK):
   inputs, exps_BxNxTxS, sums_BxNxTx1, out_BxNxTxK = kept
   query_BxNxTxK, key_BxNxSxK, value_BxNxSxK, seeds_B = inputs
   dtype = query_BxNxTxK.dtype
-  grad_BxNxTxK = (grad_BxNxTxK / sums_BxNxTx1).astype(dtype)
-  means_BxNxTx1 = jnp.sum(grad_BxNxTxK * out_BxNxTxK, axis=-1, keepdims=True, dtype=jnp.float32)
+  grad_BxNxTxK = grad_BxNxTxK / sums_BxNxTx1
+  means_BxNxTx1 = (grad_BxNxTxK * out_BxNxTxK).sum(axis=-1, keepdims=True)
+  grad_BxNxTxK = grad_BxNxTxK.astype(dtype)
   weights_BxNxTxS = _product("bntk,bnsk->bnts", grad_BxNxTxK, value_BxNxSxK)
   weights_BxNxTxS = layers.drop(weights_BxNxTxS, seeds_B, rate)
   scores_BxNxTxS = (exps_BxNxTxS * (weights_BxNxTxS - means_BxNxTx1)).astype(dtype)
@@ -93,7 +94,8 @@ class IntoHeads(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: Array) -> Array:
-    # Not DenseGeneral, which shows its initializer a flattened kernel: Glorot's limits are then not
+    # Not nn.Einsum, whose gradients take longer on a CPU (see `layers.rows_times`), and not
+    # DenseGeneral, which shows its initializer a flattened kernel: Glorot's limits are then not
     # those of Keras, which counts all axes but the last two as a receptive field.
     shape = (x_BxTxD.shape[-1], self.num_heads, self.head_dim)
     kernel_DxNxK = self.param("kernel", nn.initializers.glorot_uniform(), shape)

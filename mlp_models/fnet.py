@@ -24,12 +24,13 @@ def fourier_mix(x_BxTxD: Array) -> Array:
   # are used (one CPU core).
   width = x_BxTxD.shape[-1]
   half = jnp.fft.rfft2(x_BxTxD.astype(jnp.float32)).real
-  # Of real numbers, frequency (-k, -l) has the same real part as (k, l).
-  rest = jnp.roll(half[:, ::-1, (width - 1) // 2 : 0 : -1], 1, axis=1)
-  return jnp.concatenate([half, rest], axis=-1).astype(x_BxTxD.dtype)
+  # Of real numbers, frequency (-k, -l) has the same real part as (k, l). Reversing takes row k to
+  # T-1-k, and rolling from there to -k modulo T.
+  mirrored = jnp.roll(half[:, ::-1, (width - 1) // 2 : 0 : -1], 1, axis=1)
+  return jnp.concatenate([half, mirrored], axis=-1).astype(x_BxTxD.dtype)
 
 
-# A symmetric matrix in effect, and so its own transpose.
+# The transform is a symmetric matrix, and so its own transpose.
 fourier_mix.defvjp(lambda x: (fourier_mix(x), None), lambda _, gradient: (fourier_mix(gradient),))
 
 

@@ -30,7 +30,7 @@ class GMLPBlock(nn.Module):
     v_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm2")(v_BxTxD)
     # A bias of one, so that the gate starts open.
     v_BxTxD = layers.TokenDense(
-      num_tokens, self.dtype, bias_init=nn.initializers.ones, name="spatial"
+      num_tokens, dtype=self.dtype, bias_init=nn.initializers.ones, name="spatial"
     )(v_BxTxD)
 
     return x_BxTxD + layers.Dense(width, dtype=self.dtype, name="proj_out")(u_BxTxD * v_BxTxD)

@@ -25,18 +25,23 @@ def rows_times(x: Array, kernel_DxF: Array, **options) -> Array:
   return product.reshape(*x.shape[:-1], kernel_DxF.shape[-1])
 
 
+def _dense_product(x: Array, kernel_DxF: Array, dimension_numbers, **options) -> Array:
+  del dimension_numbers  # nn.Dense always contracts the last axis with the kernel's first
+  return rows_times(x, kernel_DxF, **options)
+
+
 # Initial values and constants are those of Keras, where the reference numbers come from.
 Dense = functools.partial(
-  nn.Dense,
-  kernel_init=nn.initializers.glorot_uniform(),
-  dot_general=lambda x, kernel, contracted, **options: rows_times(x, kernel, **options),
+  nn.Dense, kernel_init=nn.initializers.glorot_uniform(), dot_general=_dense_product
 )
 
 
 def gelu(x: Array) -> Array:
   """x times the normal distribution function of x, exact (arXiv:1606.08415, section 2)."""
-  # jax.nn.gelu takes erfc, and MLP-Mixer's step 3 % longer on a CPU.
-  return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+  # jax.nn.gelu takes erfc, and MLP-Mixer's step 3 % longer on a CPU. In float32, because 1 + erf(x)
+  # has few digits left where x is far below zero.
+  y = x.astype(jnp.float32)
+  return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -45,9 +50,9 @@ def standardize(x: Array) -> Array:
   return _standardize_forward(x)[0]
 
 
-# With a derivative of its own, because XLA on a CPU repeats the one it is given in each consumer:
-# FNet's, gMLP's and MLP-Mixer's gradients take 3 to 5 % less. E[x^2] - E[x]^2 loses no digits that
-# matter here: the golden gradients agree within 1e-5.
+# With a derivative of its own: with the one that JAX derives, which XLA on a CPU computes anew in
+# each fusion that reads it, the gradients of FNet, gMLP and MLP-Mixer take 3 to 5 % longer. The
+# variance is E[x^2] - E[x]^2, as in flax by default: x is read once.
 def _standardize_forward(x):
   mean = x.mean(axis=-1, keepdims=True)
   variance = (x * x).mean(axis=-1, keepdims=True) - mean * mean
@@ -139,17 +144,26 @@ class TokenDense(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: Array) -> Array:
-    batch, num_tokens, _ = x_BxTxD.shape
-    shape = (num_tokens, self.features)
+    shape = (x_BxTxD.shape[1], self.features)
     kernel_TxS = self.param("kernel", nn.initializers.glorot_uniform(), shape)
     bias_S = self.param("bias", self.bias_init, (self.features,))
     x_BxTxD, kernel_TxS, bias_S = nn.dtypes.promote_dtype(
       x_BxTxD, kernel_TxS, bias_S, dtype=self.dtype
     )
-    # One small product an example, forward and backward, and nothing is transposed. With a Dense
-    # between two transpositions MLP-Mixer's gradients take a fifth longer on a CPU.
-    kernel_BxTxS = jnp.broadcast_to(kernel_TxS, (batch, *shape))
-    return jnp.einsum("bts,btd->bsd", kernel_BxTxS, x_BxTxD) + bias_S[:, None]
+    product = jax.lax.platform_dependent(kernel_TxS, x_BxTxD, cpu=_mix_each, default=_mix_all)
+    return product + bias_S[:, None]
+
+
+def _mix_each(kernel_TxS: Array, x_BxTxD: Array) -> Array:
+  # One small product an example, forward and backward, and nothing is transposed. The other way
+  # MLP-Mixer's gradients take a fifth longer on a CPU. It makes a kernel an example, for its
+  # gradient too, which is little in a CPU's microbatch but may be much in an accelerator's batch.
+  kernel_BxTxS = jnp.broadcast_to(kernel_TxS, (len(x_BxTxD), *kernel_TxS.shape))
+  return jnp.einsum("bts,btd->bsd", kernel_BxTxS, x_BxTxD)
+
+
+def _mix_all(kernel_TxS: Array, x_BxTxD: Array) -> Array:
+  return jnp.einsum("ts,btd->bsd", kernel_TxS, x_BxTxD)
 
 
 class PositionEmbedding(nn.Module):
@@ -190,7 +204,7 @@ def example_seeds(module: nn.Module, batch_size: int, positions_B: Array | None)
     batch_size: B.
     positions_B: int32, each example's place in the global batch; None for 0, 1, ..., B-1.
   Returns:
-    uint32 [B], to be handed to every `Dropout`.
+    uint32 [B], to be handed to every layer with dropout.
   Raises:
     flax.errors.InvalidRngError: no "dropout" key was given.
     ValueError: positions of another shape.
@@ -206,7 +220,7 @@ def example_seeds(module: nn.Module, batch_size: int, positions_B: Array | None)
 
 
 def fold_in(seeds_B: Array | None, number: int) -> Array | None:
-  """Other seeds for another use of the same layers; None (evaluation) stays None."""
+  """Other seeds for each number; None (evaluation) stays None."""
   return None if seeds_B is None else mix(seeds_B ^ jnp.uint32(number))
 
 
@@ -214,6 +228,7 @@ class Dropout(nn.Module):
   """Sets a share `rate` of each example's elements to zero and scales the others by 1/(1-rate).
 
   Takes x [B, ...] and the uint32 [B] of `example_seeds`, or None to change nothing (evaluation).
+  Each layer draws masks of its own.
   """
 
   rate: float
@@ -241,7 +256,8 @@ def _drop(x: Array, seeds_B: Array, rate: float) -> Array:
     index = index + place * jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
   # xor, not a sum: the sequences of two seeds then meet here and there, and never run in parallel.
   bits = mix(index * jnp.uint32(0x9E3779B9) ^ seeds_B.reshape(-1, *[1] * (x.ndim - 1)))
-  return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
+  kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # bfloat16 has no 0.9
+  return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), kept, 0)
 
 
 # Dropout is linear and its own transpose, so all the backward pass needs is the seeds: the mask is

@@ -21,8 +21,8 @@ class TokenMLP(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
-    h_BxFxD = layers.gelu(layers.TokenDense(self.hidden, self.dtype, name="in")(x_BxTxD))
-    y_BxTxD = layers.TokenDense(x_BxTxD.shape[1], self.dtype, name="out")(h_BxFxD)
+    h_BxFxD = layers.gelu(layers.TokenDense(self.hidden, dtype=self.dtype, name="in")(x_BxTxD))
+    y_BxTxD = layers.TokenDense(x_BxTxD.shape[1], dtype=self.dtype, name="out")(h_BxFxD)
     return layers.Dropout(self.dropout_rate)(y_BxTxD, seeds_B)
 
 

@@ -124,7 +124,7 @@ def test_backward_pass_stores_seeds_and_no_mask():
 def test_bfloat16_stays_bfloat16_with_the_same_mask():
   seeds = jnp.arange(4, dtype=jnp.uint32)
   ones = jnp.ones((4, T, D))
-  full = layers.Dropout(0.2).apply({}, ones, seeds)
-  half = layers.Dropout(0.2).apply({}, ones.astype(jnp.bfloat16), seeds)
+  full = layers.Dropout(0.1).apply({}, ones, seeds)
+  half = layers.Dropout(0.1).apply({}, ones.astype(jnp.bfloat16), seeds)
   assert half.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(half > 0, full > 0)
+  np.testing.assert_array_equal(half, full.astype(jnp.bfloat16))  # 0.1 itself rounds, in bfloat16

@@ -190,6 +190,45 @@ def test_bfloat16_computes_in_half_and_keeps_params_and_logits_in_full(name):
   assert 0 < np.abs(half - full).max() < 0.1 * np.abs(full).max()
 
 
+@every_model
+def test_bfloat16_gradients_are_those_of_float32_nearly(name):
+  def gradients(dtype):
+    def loss(params, key):
+      rngs = {"dropout": key}
+      logits = small(name, dtype=dtype).apply({"params": params}, images(), True, rngs=rngs)
+      return (logits**2).sum()
+
+    return jax.jit(jax.grad(loss))(params(name), jax.random.key(3))
+
+  full, half = (jax.tree.leaves(gradients(dtype)) for dtype in ("float32", "bfloat16"))
+  assert {x.dtype for x in half} == {jnp.dtype("float32")}
+  size = sum(np.sum(np.square(x)) for x in full) ** 0.5
+  error = sum(np.sum(np.square(x - y)) for x, y in zip(full, half, strict=True)) ** 0.5
+  assert 1e-4 < error / size < 0.05
+
+
+def test_tokens_are_mixed_alike_on_every_platform():
+  kernel, x = jnp.arange(6.0).reshape(3, 2), jax.random.normal(jax.random.key(0), (4, 3, 5))
+  np.testing.assert_allclose(layers._mix_each(kernel, x), layers._mix_all(kernel, x), atol=1e-5)
+
+
+def test_standardize_and_its_gradient_are_those_of_the_formula():
+  x, gradient = jax.random.normal(jax.random.key(0), (2, 3, 4, 16))
+  x = (5 * x + 20).at[0, 0].set(7.0)  # a mean beside which the deviation is small, and none at all
+
+  def formula(x):
+    deviation = x - x.mean(axis=-1, keepdims=True)
+    return deviation / jnp.sqrt((deviation**2).mean(axis=-1, keepdims=True) + 1e-6)
+
+  expected, expected_gradient = jax.vjp(formula, x)
+  actual, actual_gradient = jax.vjp(layers.standardize, x)
+  np.testing.assert_allclose(actual, expected, atol=1e-3)
+  # Where all are equal, the factor is 1,000.
+  for place, tolerance in ((np.s_[0, 0], 1.0), (np.s_[1:], 1e-4)):
+    a, b = actual_gradient(gradient)[0][place], expected_gradient(gradient)[0][place]
+    np.testing.assert_allclose(a, b, atol=tolerance)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_attention_and_its_gradients_are_those_of_the_written_out_softmax(rate):
   query, gradient = jax.random.normal(jax.random.key(0), (2, 2, 3, 5, 4))
@@ -212,6 +251,10 @@ def test_attention_and_its_gradients_are_those_of_the_written_out_softmax(rate):
     for a, b in zip(actual_gradients(gradient), expected_gradients(gradient), strict=True):
       assert np.abs(b).max() > 0.1
       np.testing.assert_allclose(a, b, atol=1e-5)
+  kept = [x for x in jax.tree.leaves(actual_gradients) if x.shape == (2, 3, 5, 6)]
+  assert len(kept) == 1
+  larger = layer.apply({}, 1e4 * query, key, value, None)
+  assert np.isfinite(larger).all()
   evaluated = layer.apply({}, query, key, value, None)
   assert (rate == 0) == np.array_equal(evaluated, actual)
 

@@ -56,7 +56,7 @@ class Training(NamedTuple):
   microbatch: int
   step: Callable
   state: TrainState
-  images: data.Split  # that it trains on
+  split: data.Split  # that it trains on
   calls: Iterator[dict]  # what `step` takes, on the mesh, without end
   compile_seconds: float
   memory: int  # bytes that the compiler plans for a device's temporaries
@@ -74,12 +74,10 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   microbatch = mesh.microbatch_size(config, devices)
   info = data.describe(config.data)
   step = make_train_step(config, info.num_classes, microbatch, devices)
-  began = time.perf_counter()
   compiling = compile_in_background(step, config, info, devices)
-  ended = []
-  compiling.add_done_callback(lambda _: ended.append(time.perf_counter()))
   dataset = dataset or _load(config)
-  memory = compiling.result().memory_analysis().temp_size_in_bytes
+  compiled, compile_seconds = compiling.result()
+  memory = compiled.memory_analysis().temp_size_in_bytes
   available = psutil.virtual_memory().available
   if devices.devices.flat[0].platform == "cpu" and memory * devices.size > available:
     raise MemoryError(
@@ -99,9 +97,9 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
     raise MemoryError(str(error).splitlines()[0]) from error
   # An epoch's last call may have fewer steps: another program, to be compiled first.
   calls = (call for call in calls if len(call["label"]) == len(first["label"]))
-  seconds = ended[0] - began
+  split = dataset.train
   return Training(
-    config, info, devices, microbatch, step, state, dataset.train, calls, seconds, memory
+    config, info, devices, microbatch, step, state, split, calls, compile_seconds, memory
   )
 
 
@@ -129,22 +127,25 @@ def time_steps(training: Training, repeats: int, seconds: float) -> tuple[Traini
   return training, times
 
 
-def evaluation_rate(training: Training, seconds: float) -> float:
-  """Images that an evaluation as training does it takes in a second, measured for so long."""
+def evaluation_rate(training: Training, repeats: int, seconds: float) -> float:
+  """Images that an evaluation as training does it takes in a second: the median.
+
+  Each repeat takes about `seconds`, or one pass over the training images if that is shorter.
+  """
   config, devices = training.config, training.mesh
   step = make_eval_step(make_model(config, training.info.num_classes), training.microbatch, devices)
   weights = training.state.weights()
 
   def evaluate_images(count: int) -> float:
-    split = data.Split(training.images.images[:count], training.images.labels[:count])
+    split = data.Split(training.split.images[:count], training.split.labels[:count])
     began = time.perf_counter()
     evaluate(step, weights, split, config.batch_size, devices)
     return time.perf_counter() - began
 
   evaluate_images(config.batch_size)  # compiles
   batches = max(1, round(seconds / evaluate_images(config.batch_size)))
-  count = min(batches * config.batch_size, len(training.images))
-  return count / evaluate_images(count)
+  count = min(batches * config.batch_size, len(training.split))
+  return count / statistics.median(evaluate_images(count) for _ in range(repeats))
 
 
 def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
   batch = config.batch_size
   rate = batch / statistics.median(times)
   memory = peak_memory(devices)  # before what follows needs some
-  evaluation = evaluation_rate(training, seconds)
+  evaluation = evaluation_rate(training, repeats, seconds)
   flops = flops_per_image(config, training.info)
   peak = matmul_peak(devices, config.dtype)
   return {
@@ -222,7 +223,7 @@ def process_memory() -> int:
 def phases(training: Training, repeats: int) -> dict[str, float]:
   """Milliseconds of a step that each phase takes, as differences between parts of the step.
 
-  `input` is not a part but the time that the host takes for a batch, while a step runs.
+  `input` is what the host takes for a batch; in training it does so while a step runs.
   """
   config, devices, microbatch = training.config, training.mesh, training.microbatch
   state = training.state
@@ -376,7 +377,8 @@ def format_figures(figures: dict[str, Any]) -> str:
       return f"{value:,}" if isinstance(value, int) else str(value)
     return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
 
-  return "\n".join(f"{key:24}{text(value)}" for key, value in figures.items())
+  width = max(map(len, figures)) + 2
+  return "\n".join(f"{key:{width}}{text(value)}" for key, value in figures.items())
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -53,7 +53,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
     step = make_train_step(config, info.num_classes, microbatch, mesh)
     compiling = compile_in_background(step, config, info, mesh)
     dataset = data.load(config.data, config.model.image_size)
-    compiled = compiling.result()
+    compiled, _ = compiling.result()
     stop.check()
 
     state = checkpoints.restore_last(abstract, replicated(mesh))
