@@ -14,7 +14,7 @@ import pytest
 from conftest import cifar100_dir, smoke_config
 from PIL import Image
 
-from train import metrics
+from train import data, metrics
 from train.interrupt import TrainingFailed
 from train.loop import train_and_evaluate
 from train.workdir import WorkdirError
@@ -266,3 +266,25 @@ def test_out_of_memory_names_three_knobs(tmp_path):
   assert "MiB on each device" in output
   assert error.startswith("error: out of memory")
   assert all(f"--config.{knob}" in error for knob in ("microbatch", "batch_size", "model.KEY"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["mixer.py", "vit.py:small"])
+def test_bfloat16_learns_what_float32_learns(config, tmp_path):
+  # Images by heart: half-way up a learning curve two seeds differ by more than two dtypes.
+  flags = {"batch_size": 50, "epochs": 15, "optimizer.learning_rate": 5e-4}
+  flags |= {"augment.flip": False, "augment.zoom": 0.0, "augment.rotation": 0.0}
+  flags |= {"data.name": "shapes100", "data.data_dir": tmp_path / "data"}
+  flags |= {f"data.{split}_split": "train[:500]" for split in data.SPLITS}
+  flags |= {"model.dropout_rate": 0.0}
+  if config.startswith("vit"):
+    flags |= {"model.attention_dropout_rate": 0.0, "model.head_dropout_rate": 0.0}
+  accuracies = []
+  for flags["dtype"] in ("float32", "bfloat16"):
+    folder = tmp_path / flags["dtype"]
+    command = [sys.executable, "-m", "train.main", "--config", f"configs/{config}"]
+    command += ["--workdir", folder, *(f"--config.{key}={value}" for key, value in flags.items())]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+    accuracies.append(metrics.read_summary(folder)["test_accuracy"])
+  assert min(accuracies) > 0.95
+  assert abs(accuracies[0] - accuracies[1]) < 0.015
