@@ -4,6 +4,9 @@ As in the Keras example, and other than in the paper: one LayerNorm a block serv
 have as many hidden units as there are tokens, and no norm precedes the mean over the tokens.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -12,31 +15,19 @@ from jax.typing import DTypeLike
 from mlp_models import layers
 
 
-class TokenMLP(nn.Module):
-  """Two dense layers over the tokens, with dropout at the end: [B, T, D] -> [B, T, D]."""
+class MLP(nn.Module):
+  """Two dense layers over tokens or channels, with dropout at the end: [B, T, D] -> [B, T, D]."""
 
-  hidden: int
+  dense: Callable[..., nn.Module]  # layers.TokenDense or layers.Dense
+  units: tuple[int, int]  # of the hidden layer, and of the output
   dropout_rate: float
   dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
-    h_BxFxD = layers.gelu(layers.TokenDense(self.hidden, dtype=self.dtype, name="in")(x_BxTxD))
-    y_BxTxD = layers.TokenDense(x_BxTxD.shape[1], dtype=self.dtype, name="out")(h_BxFxD)
-    return layers.Dropout(self.dropout_rate)(y_BxTxD, seeds_B)
-
-
-class ChannelMLP(nn.Module):
-  """Two dense layers over the channels, with dropout at the end: [B, T, D] -> [B, T, D]."""
-
-  hidden: int
-  dropout_rate: float
-  dtype: DTypeLike
-
-  @nn.compact
-  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
-    h_BxTxF = layers.gelu(layers.Dense(self.hidden, dtype=self.dtype, name="in")(x_BxTxD))
-    y_BxTxD = layers.Dense(x_BxTxD.shape[2], dtype=self.dtype, name="out")(h_BxTxF)
+    hidden, out = self.units
+    h = layers.gelu(self.dense(hidden, dtype=self.dtype, name="in")(x_BxTxD))
+    y_BxTxD = self.dense(out, dtype=self.dtype, name="out")(h)
     return layers.Dropout(self.dropout_rate)(y_BxTxD, seeds_B)
 
 
@@ -48,10 +39,11 @@ class MixerBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
-    num_tokens = x_BxTxD.shape[1]
+    num_tokens, width = x_BxTxD.shape[1:]
     norm = layers.LayerNorm(dtype=self.dtype, name="norm")
-    token_mlp = TokenMLP(num_tokens, self.dropout_rate, self.dtype, name="token_mlp")
-    channel_mlp = ChannelMLP(num_tokens, self.dropout_rate, self.dtype, name="channel_mlp")
+    mlp = functools.partial(MLP, dropout_rate=self.dropout_rate, dtype=self.dtype)
+    token_mlp = mlp(layers.TokenDense, (num_tokens, num_tokens), name="token_mlp")
+    channel_mlp = mlp(layers.Dense, (num_tokens, width), name="channel_mlp")
 
     x_BxTxD += token_mlp(norm(x_BxTxD), seeds_B)
     return x_BxTxD + channel_mlp(norm(x_BxTxD), seeds_B)
