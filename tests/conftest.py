@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-jax.config.update("jax_num_cpu_devices", 8)  # simulated; before anything starts JAX's backend
+from train.mesh import set_xla_flags
+
+# Before anything starts JAX's backend.
+jax.config.update("jax_num_cpu_devices", 8)  # simulated
+set_xla_flags()
 
 # Many tests compile the same step, also in processes of their own.
 _CACHE = tempfile.TemporaryDirectory()

@@ -48,7 +48,7 @@ def test_what_does_not_divide_is_refused_with_the_numbers():
 def start_jax(expression: str, **environment: str) -> str:
   """What `expression` prints in a new process whose JAX was set up for the default config."""
   code = (
-    "from configs import mixer; from train import mesh; import jax; "
+    "from configs import mixer; from train import mesh; import jax, os; "
     f"mesh.start_jax(mixer.get_config()); print({expression})"
   )
   process = subprocess.run(
@@ -70,6 +70,14 @@ def test_every_core_is_a_device_unless_the_user_says_otherwise():
     ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
   ):
     assert start_jax("jax.device_count()", **environment) == str(expected)
+
+
+def test_our_options_of_xla_are_added_to_the_users():
+  timeout = "--xla_cpu_collective_call_terminate_timeout_seconds"
+  ours = f"{timeout}=3600 --xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
+  assert start_jax("os.environ['XLA_FLAGS']", XLA_FLAGS="") == ours
+  theirs = f"{timeout}=60 --xla_backend_extra_options=xla_cpu_ftz=true"
+  assert start_jax("os.environ['XLA_FLAGS']", XLA_FLAGS=theirs) == theirs
 
 
 def test_compiled_programs_are_kept_in_the_users_cache_unless_told_where(tmp_path):
