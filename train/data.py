@@ -44,7 +44,7 @@ _CHUNK = 1024  # records that a thread reads at a time
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _FLAGS = {  # of cv2.imdecode, by number of channels; photos are not turned, as in TFDS
   1: cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
-  3: cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
+  3: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
   4: cv2.IMREAD_UNCHANGED,
 }
 _TO_RGBA = {1: cv2.COLOR_GRAY2RGBA, 3: cv2.COLOR_BGR2RGBA, 4: cv2.COLOR_BGRA2RGBA}
@@ -407,9 +407,7 @@ def _decode(encoded, shape) -> np.ndarray:
   image = cv2.imdecode(np.frombuffer(encoded, np.uint8), _FLAGS[channels])
   if image is None:
     raise ValueError("an image is damaged")
-  if channels == 3:
-    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-  elif channels == 4:  # unchanged by OpenCV, so still grey, colour or colour with alpha
+  if channels == 4:  # unchanged by OpenCV, so still grey, colour or colour with alpha
     image = cv2.cvtColor(image, _TO_RGBA[image.shape[2] if image.ndim == 3 else 1])
   if image.shape[:2] != (height, width):
     image = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
