@@ -15,7 +15,7 @@ import mlp_models
 from train import augment, optimizer
 from train.data import DatasetInfo, stack
 from train.mesh import DATA, by_example, replicated
-from train.state import Sums, channel_statistics, init_state, make_model
+from train.state import Sums, abstract_state, channel_statistics, init_state, make_init, make_model
 from train.step import lower_train_step, make_eval_step, make_train_step, sum_metrics
 
 BATCH = 32
@@ -195,7 +195,8 @@ def compiled_step(config, devices: int, microbatch: int) -> jax.stages.Compiled:
   mesh = mesh_of(devices)
   config.batch_size = BATCH
   step = make_train_step(config, 100, microbatch, mesh)
-  return lower_train_step(step, config, INFO, mesh).compile()
+  state = abstract_state(make_init(config, INFO, replicated(mesh)), INFO)
+  return lower_train_step(step, state, config, INFO, mesh).compile()
 
 
 @pytest.mark.parametrize("name", mlp_models.MODELS)

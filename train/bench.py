@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 import mlp_models
 from train import augment, check, data, flags, mesh
 from train.evaluate import evaluate
-from train.state import TrainState, make_model, new_state
+from train.state import TrainState, abstract_state, channel_statistics, make_init, make_model
 from train.step import (
   compile_in_background,
   compiler_options,
@@ -74,7 +74,8 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   microbatch = mesh.microbatch_size(config, devices)
   info = data.describe(config.data)
   step = make_train_step(config, info.num_classes, microbatch, devices)
-  compiling = compile_in_background(step, config, info, devices)
+  init = make_init(config, info, mesh.replicated(devices))
+  compiling = compile_in_background(step, init, config, info, devices)
   dataset = dataset or _load(config)
   compiled, compile_seconds = compiling.result()
   memory = compiled.memory_analysis().temp_size_in_bytes
@@ -88,7 +89,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   epochs = (data.train_calls(dataset.train, config, sharding, n) for n in itertools.count(1))
   calls = itertools.chain.from_iterable(epochs)
   try:
-    state = new_state(config, info, dataset.train.images, mesh.replicated(devices))
+    state = init(*channel_statistics(dataset.train.images))
     first = next(calls)
     state, _ = jax.block_until_ready(step(state, first))
   except jax.errors.JaxRuntimeError as error:
@@ -190,7 +191,8 @@ def flops_per_image(config: ConfigDict, info: data.DatasetInfo) -> float:
   config.steps_per_call = 1
   config.remat = False  # what is computed twice is no progress
   step = make_train_step(config, info.num_classes, config.batch_size, device)
-  lowered = lower_train_step(step, config, info, device)
+  state = abstract_state(make_init(config, info, mesh.replicated(device)), info)
+  lowered = lower_train_step(step, state, config, info, device)
   return lowered.cost_analysis()["flops"] / config.batch_size
 
 

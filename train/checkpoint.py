@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from train import metrics, workdir
 from train.data import DatasetInfo
 from train.mesh import abstract, replicated
-from train.state import TrainState, Weights, abstract_state, make_model
+from train.state import TrainState, Weights, abstract_state, make_init, make_model
 
 
 class Checkpoints:
@@ -105,8 +105,9 @@ def load_trained_model(folder: Path, mesh: Mesh) -> TrainedModel:
   if (folder / "checkpoints").exists():
     best_epoch = (metrics.read_summary(folder) or {}).get("best_epoch")
     with Checkpoints(folder, read_only=True) as checkpoints:
+      init = make_init(config, info, replicated(mesh))
       weights = checkpoints.restore_best(
-        abstract_state(config, info).weights(), replicated(mesh), best_epoch
+        abstract_state(init, info).weights(), replicated(mesh), best_epoch
       )
   if weights is None:
     raise workdir.WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")

@@ -15,7 +15,14 @@ from train.checkpoint import Checkpoints
 from train.evaluate import evaluate
 from train.interrupt import StopRequest, TrainingFailed
 from train.mesh import by_example, make_mesh, microbatch_size, replicated
-from train.state import Sums, TrainState, abstract_state, make_model, new_state
+from train.state import (
+  Sums,
+  TrainState,
+  abstract_state,
+  channel_statistics,
+  make_init,
+  make_model,
+)
 from train.step import compile_in_background, make_eval_step, make_train_step
 
 
@@ -46,19 +53,20 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   model = make_model(config, info.num_classes)
   plateau = optimizer.make_plateau(config.plateau)
   best_mode = optimizer.BEST[config.best_metric]
-  abstract = abstract_state(config, info)
+  init = make_init(config, info, replicated(mesh))
+  abstract = abstract_state(init, info)
   steps_per_epoch = data.num_batches(info.sizes["train"], config.batch_size)
 
   with StopRequest() as stop, Checkpoints(folder) as checkpoints:
     step = make_train_step(config, info.num_classes, microbatch, mesh)
-    compiling = compile_in_background(step, config, info, mesh)
+    compiling = compile_in_background(step, init, config, info, mesh)
     dataset = data.load(config.data, config.model.image_size)
     compiled, _ = compiling.result()
     stop.check()
 
     state = checkpoints.restore_last(abstract, replicated(mesh))
     if state is None:
-      state = new_state(config, info, dataset.train.images, replicated(mesh))
+      state = init(*channel_statistics(dataset.train.images))
     else:
       print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
     calls = functools.partial(data.train_calls, dataset.train, config, by_example(mesh, axis=1))

@@ -22,7 +22,14 @@ from train import augment
 from train.data import DatasetInfo, num_batches
 from train.mesh import DATA, abstract, by_example, replicated
 from train.optimizer import make_optimizer
-from train.state import Sums, TrainState, Weights, abstract_state, make_model
+from train.state import (
+  Sums,
+  TrainState,
+  Weights,
+  abstract_state,
+  abstract_statistics,
+  make_model,
+)
 
 Array = jax.Array
 Batch = dict[str, Array]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
@@ -60,9 +67,13 @@ def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, str]:
 
 
 def lower_train_step(
-  step: Callable, config: ConfigDict, info: DatasetInfo, mesh: Mesh
+  step: Callable, state: TrainState, config: ConfigDict, info: DatasetInfo, mesh: Mesh
 ) -> jax.stages.Lowered:
-  """Lowers what `make_train_step` gave, from the shapes of an epoch's first call alone."""
+  """Lowers what `make_train_step` gave, from the shapes of an epoch's first call alone.
+
+  Args:
+    state: shapes and dtypes, as `abstract_state` gives them.
+  """
   steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
   steps_and_batch = (min(config.steps_per_call, steps_per_epoch), config.batch_size)
   shapes = {
@@ -72,26 +83,32 @@ def lower_train_step(
   }
   batches = {key: jax.ShapeDtypeStruct(*shape) for key, shape in shapes.items()}
   return step.lower(
-    abstract(abstract_state(config, info), replicated(mesh)),
+    abstract(state, replicated(mesh)),
     abstract(batches, by_example(mesh, axis=1)),
   )
 
 
 def compile_in_background(
-  step: Callable, config: ConfigDict, info: DatasetInfo, mesh: Mesh
+  step: Callable, init: Callable, config: ConfigDict, info: DatasetInfo, mesh: Mesh
 ) -> Future[tuple[jax.stages.Compiled, float]]:
-  """Compiles what `make_train_step` gave, and says in how many seconds; `step` then uses it.
+  """Compiles what `make_train_step` and `make_init` gave; called, both then use it.
 
   In a thread, because XLA needs no Python: images can be read meanwhile.
+
+  Returns:
+    The compiled step, to come, and the seconds that it took.
   """
 
-  def compile_step():
+  def compile_both():
     began = time.perf_counter()
-    compiled = lower_train_step(step, config, info, mesh).compile()
-    return compiled, time.perf_counter() - began
+    state = abstract_state(init, info)
+    compiled = lower_train_step(step, state, config, info, mesh).compile()
+    seconds = time.perf_counter() - began
+    init.lower(*abstract_statistics(info)).compile()
+    return compiled, seconds
 
   worker = ThreadPoolExecutor(1)
-  compiling = worker.submit(compile_step)
+  compiling = worker.submit(compile_both)
   worker.shutdown(wait=False)
   return compiling
 
