@@ -222,6 +222,15 @@ def process_memory() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def process_age() -> float:
+  """Seconds since this process started."""
+  created = psutil.Process().create_time()
+  if hasattr(time, "CLOCK_BOOTTIME"):
+    # On Linux psutil adds what the kernel knows best to the time of boot, known in whole seconds.
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (created - psutil.boot_time())
+  return time.time() - created
+
+
 def phases(training: Training, repeats: int) -> dict[str, float]:
   """Milliseconds of a step that each phase takes, as differences between parts of the step.
 
@@ -463,7 +472,7 @@ def main() -> None:
       _sweep_and_draw(config, arguments)
     else:
       training = prepare(config)
-      start = time.time() - psutil.Process().create_time()
+      start = process_age()
       if arguments.phases:
         for name, milliseconds in phases(training, repeats).items():
           print(f"{name:12}{milliseconds:10.1f} ms")
