@@ -1,11 +1,12 @@
 # make train   trains MLP-Mixer, on CIFAR-100 where it is to be had
-# make test    runs the test suite; test-slow: the tests that are too long for it
+# make test    runs the test suite; test-slow: the tests that are too long for it; test-keras: those
+#              of the Keras models in benchmarks/, for which it installs TensorFlow
 # Each sets up .venv first. PYTHON=python3.12 make ... picks another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow lint setup clean
+.PHONY: train test test-slow test-keras lint setup clean
 
 train: setup
 	$(BIN)/python -m train.main --config configs/mixer.py --workdir runs/first \
@@ -16,6 +17,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -rs --no-fold-skipped -m slow
+
+test-keras: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
+	$(BIN)/python -m pytest -q -rs tests/test_keras_models.py
 
 lint: setup
 	$(BIN)/ruff check .

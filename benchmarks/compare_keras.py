@@ -164,7 +164,11 @@ def _keras(pipe: Connection, name: str, backend: str) -> None:
   model = keras_models.make(name, ours, config.augment.to_dict(), mean, variance)
   images = pipe.recv()
   logits = keras.ops.convert_to_numpy(model(images.astype("float32"), training=False))
-  pipe.send((keras_models.weights(model), logits, len(split) // config.batch_size))
+  weights = {
+    name: keras.ops.convert_to_numpy(variable)
+    for name, variable in keras_models.variables(model).items()
+  }
+  pipe.send((weights, logits, len(split) // config.batch_size))
   model.compile(
     optimizer=keras.optimizers.AdamW(
       learning_rate=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay

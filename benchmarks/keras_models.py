@@ -1,8 +1,8 @@
 """The five models with Keras' public layers, as a user of Keras would write them.
 
-They compute what ours compute: `compare_keras.py` hands ours the weights of these and compares the
-logits before it times anything. Names of layers are the canonical names of
-`mlp_models.keras_weights`, with dots for slashes.
+They compute what ours compute: `tests/test_keras_models.py` compares their logits with the golden
+ones, and `compare_keras.py` with ours before it times anything. Names of layers are the canonical
+names of `mlp_models.keras_weights`, with dots for slashes.
 """
 
 import keras
@@ -39,8 +39,8 @@ def make(name: str, model: nn.Module, augmentation: dict, mean, variance) -> ker
   return keras.Model(images, _MODELS[name](model, x))
 
 
-def weights(model: keras.Model) -> dict:
-  """The arrays of a model made here, by canonical name."""
+def variables(model: keras.Model) -> dict[str, keras.Variable]:
+  """The trainable variables of a model made here, by canonical name."""
   found = {}
 
   def add(name: str, layer: keras.Layer) -> None:
@@ -51,7 +51,7 @@ def weights(model: keras.Model) -> dict:
       return
     for variable in layer.trainable_variables:
       key = {"gamma": "scale", "beta": "bias"}.get(variable.name, variable.name)
-      found[f"{name}/{key}" if key != "latents" else key] = keras.ops.convert_to_numpy(variable)
+      found[f"{name}/{key}" if key != "latents" else key] = variable
 
   for layer in model.layers:
     for inner in layer.layers if isinstance(layer, keras.Sequential) else [layer]:
