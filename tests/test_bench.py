@@ -47,6 +47,13 @@ def test_run_trains_as_many_steps_as_told():
   assert 0.5 * whole < 12 * seconds <= whole
 
 
+def test_the_age_of_a_process_begins_with_it():
+  code = "import time; time.sleep(1); from train import bench; print(bench.process_age())"
+  began = time.time()
+  printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
+  assert 1 < float(printed.stdout) < time.time() - began + 0.05
+
+
 def test_phases_are_parts_of_a_step():
   parts = bench.phases(bench.prepare(smoke_config()), repeats=3)
   assert list(parts) == ["augment", "forward", "backward", "optimizer", "input"]

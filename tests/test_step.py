@@ -16,7 +16,14 @@ from train import augment, optimizer
 from train.data import DatasetInfo, stack
 from train.mesh import DATA, by_example, replicated
 from train.state import Sums, abstract_state, channel_statistics, init_state, make_init, make_model
-from train.step import lower_train_step, make_eval_step, make_train_step, sum_metrics
+from train.step import (
+  compile_in_background,
+  loss,
+  lower_train_step,
+  make_eval_step,
+  make_train_step,
+  sum_metrics,
+)
 
 BATCH = 32
 INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
@@ -213,6 +220,35 @@ def test_nothing_but_arithmetic_and_one_reduction_is_in_a_step(name):
   size = sum(x.nbytes for x in jax.tree.leaves(new_state(config)))
   assert compiled.memory_analysis().alias_size_in_bytes == size
   assert not re.findall(r"\[\d[^ ]* copy\(%param", outside_loops)
+
+
+def test_the_model_is_traced_once(monkeypatch):
+  traced = []
+  monkeypatch.setattr("train.step.loss", lambda *args, **kw: traced.append(1) or loss(*args, **kw))
+  compiled_step(smoke_config("mixer"), 2, 4)
+  assert len(traced) == 1
+
+
+def test_what_was_compiled_in_the_background_is_not_compiled_again():
+  config, mesh = smoke_config("fnet"), mesh_of(2)
+  config.batch_size = BATCH
+  step, init = make_train_step(config, 100, 4, mesh), make_init(config, INFO, replicated(mesh))
+  compile_in_background(step, init, config, INFO, mesh).result()
+  batches = jax.device_put(next(stack(iter([noise_batch(0)]), 1)), by_example(mesh, axis=1))
+  compilations = []
+
+  def listen(event: str, seconds: float, **kwargs) -> None:
+    if "backend_compile" in event:
+      compilations.append(kwargs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    step(init(np.full(3, 127, np.float32), np.full(3, 5400, np.float32)), batches)
+    assert not compilations
+    jax.jit(lambda x: x + 7)(np.ones(3))  # the listener works
+    assert len(compilations) == 1
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("name", mlp_models.MODELS)
