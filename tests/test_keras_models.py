@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from test_golden import overrides
+from test_keras_weights import golden_weights
 
 import mlp_models
 
@@ -32,10 +33,10 @@ def test_the_models_that_are_timed_give_the_golden_logits(name, golden_images, m
     golden["input/mean"],
     golden["input/variance"],
   )
-  variables = keras_models.variables(model)
-  assert {f"param/{key}" for key in variables} == {key for key in golden if "param/" in key}
+  variables, weights = keras_models.variables(model), golden_weights(name)
+  assert variables.keys() == weights.keys()
   for key, variable in variables.items():
-    variable.assign(golden[f"param/{key}"])
+    variable.assign(weights[key])
   images = np.stack([golden_images[digest] for digest in golden["input/sha256"].tolist()])
   logits = np.asarray(model(images.astype(np.float32), training=False))
   expected = golden["output/logits"]

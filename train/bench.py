@@ -226,7 +226,8 @@ def process_age() -> float:
   """Seconds since this process started."""
   created = psutil.Process().create_time()
   if hasattr(time, "CLOCK_BOOTTIME"):
-    # On Linux psutil adds what the kernel knows best to the time of boot, known in whole seconds.
+    # On Linux psutil adds the time from boot to start, which is exact, to a time of boot in whole
+    # seconds: taken off again, and both clocks begin at boot.
     return time.clock_gettime(time.CLOCK_BOOTTIME) - (created - psutil.boot_time())
   return time.time() - created
 

@@ -240,7 +240,8 @@ def sum_over_batch(
       places in it.
     microbatch: examples that it gets at a time; divides each device's share of the batch.
   """
-  # Traced once, for the shapes of what it gives and for the loop, which takes half of the time.
+  # Below it is traced for the shapes of what it gives, and again for the loop: the second time, jit
+  # remembers.
   function = jax.jit(function, inline=True)
 
   def on_each_device(params, batch):
