@@ -1,6 +1,7 @@
 """The models' behaviour, at toy sizes; tests/test_golden.py compares their numbers with Keras."""
 
 import functools
+import zlib
 
 import flax
 import jax
@@ -113,8 +114,9 @@ def test_dropout_shapes_and_rates_are_those_of_the_keras_examples():
   assert dropout_calls("mixer") == [(0.2, (T, D))] * 4 + [(0.2, (D,))]
   assert dropout_calls("fnet") == [(0.2, (T, D))] * 2 + [(0.2, (D,))]
   assert dropout_calls("gmlp") == [(0.2, (T, 2 * D))] * 2 + [(0.2, (D,))]
-  # Perceiver: on the attention's weights, after each FFN's last layer, and on the logits.
-  cross, latent = [(0.1, (1, L, T)), (0.2, (L, D))], [(0.1, (2, L, L)), (0.2, (L, D))]
+  # Perceiver: on the attention's weights, after each FFN's last layer, and on the logits. Its two
+  # latent heads are as wide as the model, so their weights are rows of one attention.
+  cross, latent = [(0.1, (1, L, T)), (0.2, (L, D))], [(0.1, (1, 2 * L, L)), (0.2, (L, D))]
   iteration = cross + 2 * latent
   assert dropout_calls("perceiver") == 2 * iteration + [(0.2, (5,))]
   # ViT: on the attention's weights, after every layer of an MLP, and before the head's MLP.
@@ -257,6 +259,58 @@ def test_attention_and_its_gradients_are_those_of_the_written_out_softmax(rate):
   assert np.isfinite(larger).all()
   evaluated = layer.apply({}, query, key, value, None)
   assert (rate == 0) == np.array_equal(evaluated, actual)
+
+
+def self_attention(head_dim):
+  """Three heads over tokens of 8 channels, rate 0.3: their layer, weights, tokens and gradient."""
+  layer = SelfAttention(3, head_dim, 0.3, jnp.float32)
+  x, gradient = jax.random.normal(jax.random.key(0), (2, 2, 5, 8))
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), x, None)
+  rng = np.random.default_rng(0)
+  return layer, jax.tree.map(lambda s: rng.normal(0, 0.5, s.shape), shapes), x, gradient
+
+
+def head_by_head(layer, weights, x, seeds):
+  """Self-attention as the papers write it, but that the masks are those of `layer`."""
+  params = weights["params"]
+  heads = {
+    name: jnp.einsum("btd,dnk->bntk", x, params[name]["kernel"]) + params[name]["bias"][:, None]
+    for name in ("query", "key", "value")
+  }
+  scores = jnp.einsum("bntk,bnsk->bnts", heads["query"], heads["key"])
+  softmax = jax.nn.softmax(scores * layer.head_dim**-0.5)
+  if layer.head_dim >= x.shape[-1]:  # token by token, the heads of one after another
+    softmax = softmax.swapaxes(1, 2).reshape(len(x), 1, -1, x.shape[1])
+  softmax = layers.drop(softmax, layers.fold_in(seeds, zlib.crc32(b"attend")), layer.dropout_rate)
+  if layer.head_dim >= x.shape[-1]:
+    softmax = softmax.reshape(len(x), x.shape[1], -1, x.shape[1]).swapaxes(1, 2)
+  attended = jnp.einsum("bnts,bnsk->bntk", softmax, heads["value"])
+  return jnp.einsum("bntk,nkd->btd", attended, params["out"]["kernel"]) + params["out"]["bias"]
+
+
+@pytest.mark.parametrize("seeds", [None, [12345, 67890]], ids=["evaluation", "training"])
+@pytest.mark.parametrize("head_dim", [4, 8, 12])
+def test_self_attention_is_that_of_the_papers_whatever_the_width_of_heads(head_dim, seeds):
+  layer, weights, x, gradient = self_attention(head_dim)
+  seeds = None if seeds is None else jnp.array(seeds, jnp.uint32)
+  expected, pullback = jax.vjp(lambda *args: head_by_head(layer, *args, seeds), weights, x)
+  actual, our_pullback = jax.vjp(lambda *args: layer.apply(*args, seeds), weights, x)
+  np.testing.assert_allclose(actual, expected, atol=1e-4)
+  for a, b in zip(*map(jax.tree.leaves, (our_pullback(gradient), pullback(gradient))), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_wide_heads_take_half_of_the_dense_layers_operations():
+  def flops(head_dim, width):
+    layer = SelfAttention(4, head_dim, 0.0, jnp.float32)
+    x = jnp.zeros((64, 2, width))  # so few tokens that the attention itself costs little
+    weights = jax.eval_shape(layer.init, jax.random.key(0), x, None)
+    return jax.jit(layer.apply).lower(weights, x, None).cost_analysis()["flops"]
+
+  dense = 2 * 64 * 2 * 4 * 4 * 64 * 64  # tokens, heads and layers, 64 to 64 channels
+  assert flops(64, 65) > dense
+  merging = 2 * 2 * 4 * 64 * 64 * 64
+  assert flops(64, 64) - merging < 0.6 * dense
 
 
 def test_attention_kernels_start_as_in_keras():
