@@ -49,6 +49,7 @@ def main() -> None:
 
 def compare(name: str, backend: str, rounds: int, seconds: float) -> dict:
   """Images per second of both, their ratio in each round (median, least, most), peak memory."""
+  config = _config(name)
   context = multiprocessing.get_context("spawn")
   pipes, processes = [], []
   for target, args in ((_keras, (name, backend)), (_ours, (name,))):
@@ -79,6 +80,7 @@ def compare(name: str, backend: str, rounds: int, seconds: float) -> dict:
   ask(keras, 1), ask(ours, 1)  # compiles
   steps = max(2, round(seconds / (ask(keras, 2)["seconds"] / 2)))
   steps = min(steps, steps_per_epoch)
+  steps = -(-steps // config.steps_per_call) * config.steps_per_call  # ours does whole calls
   ask(ours, 2)
   turns = [(ask(ours, steps), ask(keras, steps)) for _ in range(rounds)]
   for pipe in pipes:
@@ -86,7 +88,7 @@ def compare(name: str, backend: str, rounds: int, seconds: float) -> dict:
   for process in processes:
     process.join()
   ratios = [k["seconds"] / o["seconds"] for o, k in turns]
-  batch = _config(name).batch_size
+  batch = config.batch_size
   return {
     "ours": statistics.median(batch * steps / o["seconds"] for o, _ in turns),
     "keras": statistics.median(batch * steps / k["seconds"] for _, k in turns),

@@ -209,6 +209,7 @@ def compiled_step(config, devices: int, microbatch: int) -> jax.stages.Compiled:
 @pytest.mark.parametrize("name", mlp_models.MODELS)
 def test_nothing_but_arithmetic_and_one_reduction_is_in_a_step(name):
   config = smoke_config(name)
+  config.steps_per_call = 1  # of more, the reduction is in a loop, that over the steps
   compiled = compiled_step(config, 8, 2)
   hlo = compiled.as_text()
   outside_loops = hlo[hlo.index("\nENTRY ") :]
