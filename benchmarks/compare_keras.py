@@ -80,7 +80,7 @@ def compare(name: str, backend: str, rounds: int, seconds: float) -> dict:
   ask(keras, 1), ask(ours, 1)  # compiles
   steps = max(2, round(seconds / (ask(keras, 2)["seconds"] / 2)))
   steps = min(steps, steps_per_epoch)
-  steps = -(-steps // config.steps_per_call) * config.steps_per_call  # ours does whole calls
+  steps = max(1, steps // config.steps_per_call) * config.steps_per_call  # ours does whole calls
   ask(ours, 2)
   turns = [(ask(ours, steps), ask(keras, steps)) for _ in range(rounds)]
   for pipe in pipes:

@@ -1,6 +1,7 @@
 """How many devices a CPU is, and how many images each computes at a time."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -45,11 +46,11 @@ def test_what_does_not_divide_is_refused_with_the_numbers():
     microbatch_size(config, mesh)
 
 
-def start_jax(expression: str, **environment: str) -> str:
+def start_jax(expression: str, statements: str = "", **environment: str) -> str:
   """What `expression` prints in a new process whose JAX was set up for the default config."""
   code = (
     "from configs import mixer; from train import mesh; import jax, os; "
-    f"mesh.start_jax(mixer.get_config()); print({expression})"
+    f"mesh.start_jax(mixer.get_config())\n{statements}\nprint({expression})"
   )
   process = subprocess.run(
     [sys.executable, "-c", code],
@@ -86,3 +87,20 @@ def test_compiled_programs_are_kept_in_the_users_cache_unless_told_where(tmp_pat
   assert start_jax(folder, **environment) == str(tmp_path / "mlp_models")
   environment["JAX_COMPILATION_CACHE_DIR"] = "/elsewhere"
   assert start_jax(folder, **environment) == "/elsewhere"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
+def test_freed_memory_is_kept():
+  statements = """
+import resource
+
+def page_faults():
+  for _ in range(10):
+    blocks = [bytearray(15 * 2**20) for _ in range(3)]
+    del blocks
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+before = page_faults()
+"""
+  # Of 11,520 pages at a time, glibc by itself gives two thirds back to the system.
+  assert int(start_jax("page_faults() - before", statements)) < 1000
