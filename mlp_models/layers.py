@@ -21,8 +21,24 @@ def rows_times(x: Array, kernel_DxF: Array, **options) -> Array:
   # left apart, XLA takes a slower way to the kernel's gradient on a CPU: MLP-Mixer's gradients take
   # 14 % longer.
   rows = x.reshape(-1, x.shape[-1])
+  if len(rows) < kernel_DxF.shape[1]:
+    rows = _gradient_in_columns(rows)
   product = jax.lax.dot_general(rows, kernel_DxF, (((1,), (0,)), ((), ())), **options)
   return product.reshape(*x.shape[:-1], kernel_DxF.shape[-1])
+
+
+@jax.custom_vjp
+def _gradient_in_columns(x: Array) -> Array:
+  """x itself; its gradient [R, D] is computed as [D, R]."""
+  return x
+
+
+# The gradient is then the kernel times columns, and not rows times the transposed kernel, of which
+# XLA makes a copy on a CPU: 20 -> 11 ms for 16 rows and a kernel of [9216, 2048], and the gradients
+# of ViT take 3 % less. The barrier keeps XLA from turning the product around again.
+_gradient_in_columns.defvjp(
+  lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient.T).T,)
+)
 
 
 def _dense_product(x: Array, kernel_DxF: Array, dimension_numbers, **options) -> Array:

@@ -1,6 +1,7 @@
 """The models' behaviour, at toy sizes; tests/test_golden.py compares their numbers with Keras."""
 
 import functools
+import re
 import zlib
 
 import flax
@@ -389,3 +390,19 @@ def test_images_of_another_size_are_an_error_that_names_both(name):
       jax.eval_shape(model.apply, {"params": params(name)}, jnp.zeros(shape))
   with pytest.raises(ValueError, match="uint8.*float"):
     jax.eval_shape(model.apply, {"params": params(name)}, jnp.zeros((4, 8, 8, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize(("rows", "product"), [(3, "f32[8,3]"), (40, "f32[40,8]")])
+def test_gradient_of_few_rows_leaves_the_kernel_as_it_lies(rows, product):
+  rng = np.random.default_rng(0)
+  x, kernel, gradient = (
+    rng.normal(size=shape).astype(np.float32) for shape in ((rows, 8), (8, 24), (rows, 24))
+  )
+  gradients = jax.jit(lambda *args: jax.vjp(layers.rows_times, *args)[1](gradient))
+
+  for_x, for_kernel = gradients(x, kernel)
+
+  np.testing.assert_allclose(for_x, gradient @ kernel.T, atol=1e-5)
+  np.testing.assert_allclose(for_kernel, x.T @ gradient, atol=1e-5)
+  hlo = gradients.lower(x, kernel).compile().as_text()
+  assert re.search(rf"{re.escape(product)}\S* dot\(", hlo)
