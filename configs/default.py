@@ -26,6 +26,12 @@ def get_config() -> ConfigDict:
   # one more forward pass.
   config.remat = False
 
+  # Devices along each axis; -1: what the other leaves. The batch is cut over both. `fsdp` cuts
+  # parameters and optimizer state, too: less memory, for gathering them in each step.
+  config.mesh = ConfigDict()
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+
   config.data = ConfigDict()
   config.data.name = "cifar100"  # any TFDS image classification set; "shapes100" is built in
   config.data.data_dir = ""  # of TFDS; "": $TFDS_DATA_DIR or ~/tensorflow_datasets

@@ -19,6 +19,7 @@ from PIL import Image
 
 from configs import default
 from train import data
+from train.mesh import make_mesh
 
 REPOSITORY = Path(__file__).parents[1]
 CIFAR_FILES = (  # of a prepared CIFAR-100
@@ -250,7 +251,7 @@ def test_start_goes_on_with_the_batch_that_was_next():
 
 @pytest.mark.parametrize("size", [0, 2, 50])
 def test_prefetch_keeps_order_and_places_batches_on_the_mesh(size):
-  mesh = jax.make_mesh((jax.device_count(),), ("data",))
+  mesh = make_mesh()
   sharding = jax.NamedSharding(mesh, jax.P("data"))
   batch_size = 2 * jax.device_count()
   batches = list(data.prefetch(data.batches(numbered(100), batch_size), sharding, size))

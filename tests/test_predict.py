@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import smoke_config
-from jax.sharding import Mesh
 from PIL import Image
 
 from train import checkpoint, data, evaluate, metrics, predict
+from train.mesh import make_mesh
 from train.step import make_eval_step
 
 
@@ -55,7 +55,7 @@ def test_run_of_an_older_version_lacks_knobs_and_is_evaluated(finished_run, tmp_
   for knob in ("remat", "steps_per_call", "compilation_cache"):
     del config[knob]
   path.write_text(json.dumps(config))
-  mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+  mesh = make_mesh(devices=jax.devices()[:1])
   trained = checkpoint.load_trained_model(tmp_path / "old", mesh)
   assert trained.config.remat is False
   assert trained.config.optimizer.learning_rate == 5e-3
@@ -63,7 +63,7 @@ def test_run_of_an_older_version_lacks_knobs_and_is_evaluated(finished_run, tmp_
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_evaluation_counts_every_image_once(finished_run, devices):
-  mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+  mesh = make_mesh(devices=jax.devices()[:devices])
   trained = checkpoint.load_trained_model(finished_run, mesh)
   split = data.load(smoke_config().data, 32, splits=("test",)).test
   step = make_eval_step(trained.model, 4, mesh)

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import psutil
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -70,11 +69,11 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
     DataError: the dataset is out of reach or broken.
     MemoryError: a step does not fit the memory.
   """
-  devices = mesh.make_mesh()
+  devices = mesh.make_mesh(**config.mesh)
   microbatch = mesh.microbatch_size(config, devices)
   info = data.describe(config.data)
   step = make_train_step(config, info.num_classes, microbatch, devices)
-  init = make_init(config, info, mesh.replicated(devices))
+  init = make_init(config, info, devices)
   compiling = compile_in_background(step, init, config, info, devices)
   dataset = dataset or _load(config)
   compiled, compile_seconds = compiling.result()
@@ -186,12 +185,12 @@ def flops_per_image(config: ConfigDict, info: data.DatasetInfo) -> float:
 
   Counted for the whole batch at once on one device: XLA counts a loop's body only once.
   """
-  device = Mesh(np.array(jax.devices()[:1]), (mesh.DATA,))
+  device = mesh.make_mesh(devices=jax.devices()[:1])
   config = config.copy_and_resolve_references()
   config.steps_per_call = 1
   config.remat = False  # what is computed twice is no progress
   step = make_train_step(config, info.num_classes, config.batch_size, device)
-  state = abstract_state(make_init(config, info, mesh.replicated(device)), info)
+  state = abstract_state(make_init(config, info, device), info)
   lowered = lower_train_step(step, state, config, info, device)
   return lowered.cost_analysis()["flops"] / config.batch_size
 
@@ -253,23 +252,23 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
       image_size=config.model.image_size,
       **augmentation,
     )
-    return images.sum(0)
+    return images.sum()
 
   whole_loss = functools.partial(loss, state=state, model=model, augmentation=augmentation)
-  parts = {
-    "augment": only_augment,
-    "forward": whole_loss,
-    "backward": jax.grad(whole_loss, has_aux=True),
+  parts = {  # and the like of what each gives
+    "augment": (only_augment, jnp.float32(0)),
+    "forward": (whole_loss, (jnp.float32(0), state.sums)),
+    "backward": (jax.grad(whole_loss, has_aux=True), (state.params, state.sums)),
   }
 
-  def on_the_batch(part: Callable) -> Callable:
+  def on_the_batch(part: Callable, like: Any) -> Callable:
     def sum_parts(params, batches):
       batch = jax.tree.map(lambda x: x[0], batches)
-      return sum_over_batch(part, params, batch, microbatch, devices)
+      return sum_over_batch(part, like, params, batch, microbatch, devices)
 
     return jax.jit(sum_parts, compiler_options=compiler_options(config, devices))
 
-  functions = {name: on_the_batch(part) for name, part in parts.items()}
+  functions = {name: on_the_batch(*part) for name, part in parts.items()}
   times = {name: [] for name in (*functions, "optimizer", "input")}  # the first one compiles
   for _ in range(repeats + 1):
     for name, function in functions.items():
@@ -295,7 +294,7 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
 def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
   """Images per second by microbatch: all powers of two in a device's share of the batch."""
   rates = {}
-  share = config.batch_size // mesh.make_mesh().size
+  share = config.batch_size // mesh.make_mesh(**config.mesh).size
   dataset = _load(config)
   for microbatch in (2**i for i in range(share.bit_length())):
     if share % microbatch == 0:
@@ -328,7 +327,7 @@ def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[d
         print(f"{value} tokens: {config.model.image_size} pixels do not divide by {side}")
         continue
       config.microbatch = 1
-      config.batch_size = mesh.make_mesh().size
+      config.batch_size = mesh.make_mesh(**config.mesh).size
     else:
       config.batch_size = value
     try:

@@ -29,6 +29,9 @@ def check_config(config: ConfigDict) -> None:
   require(config.microbatch is None or config.microbatch >= 1, "microbatch", "at least 1, or None")
   require(config.cpu_microbatch >= 1, "cpu_microbatch", "at least 1")
   require(config.steps_per_call >= 1, "steps_per_call", "at least 1")
+  for axis in ("data", "fsdp"):
+    require(config.mesh[axis] == -1 or config.mesh[axis] >= 1, f"mesh.{axis}", "at least 1, or -1")
+  require(config.mesh.data != -1 or config.mesh.fsdp != -1, "mesh.fsdp", "only one axis can be -1")
   require(0 <= config.seed < 2**32, "seed", "from 0 to 2**32 - 1")
   require(config.checkpoint_seconds > 0, "checkpoint_seconds", "more than 0")
   require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")

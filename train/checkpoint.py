@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 from flax import linen as nn
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train import metrics, workdir
 from train.data import DatasetInfo
-from train.mesh import abstract, replicated
 from train.state import TrainState, Weights, abstract_state, make_init, make_model
 
 
@@ -70,19 +69,17 @@ class Checkpoints:
     """Saves the weights of the best epoch so far."""
     _save(self._best, state.weights(), int(state.epoch))
 
-  def restore_last(self, like: TrainState, sharding: Sharding) -> TrainState | None:
-    """The saved state, laid out by `sharding`; None if there is none.
+  def restore_last(self, like: TrainState) -> TrainState | None:
+    """The saved state, on whatever devices it was; None if there is none.
 
     Args:
-      like: its shapes and dtypes, as `state.abstract_state` gives them.
+      like: today's shapes, dtypes and shardings, as `state.abstract_state` gives them.
     """
-    return _restore(self._last, like, sharding)
+    return _restore(self._last, like)
 
-  def restore_best(
-    self, like: Weights, sharding: Sharding, epoch: int | None = None
-  ) -> Weights | None:
+  def restore_best(self, like: Weights, epoch: int | None = None) -> Weights | None:
     """The weights that were best after `epoch`, or so far; None if no epoch has ended yet."""
-    return _restore(self._best, like, sharding, epoch)
+    return _restore(self._best, like, epoch)
 
 
 class TrainedModel(NamedTuple):
@@ -105,10 +102,8 @@ def load_trained_model(folder: Path, mesh: Mesh) -> TrainedModel:
   if (folder / "checkpoints").exists():
     best_epoch = (metrics.read_summary(folder) or {}).get("best_epoch")
     with Checkpoints(folder, read_only=True) as checkpoints:
-      init = make_init(config, info, replicated(mesh))
-      weights = checkpoints.restore_best(
-        abstract_state(init, info).weights(), replicated(mesh), best_epoch
-      )
+      like = abstract_state(make_init(config, info, mesh), info).weights()
+      weights = checkpoints.restore_best(like, best_epoch)
   if weights is None:
     raise workdir.WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")
   return TrainedModel(config, info, make_model(config, info.num_classes), weights)
@@ -121,14 +116,13 @@ def _save(manager: ocp.CheckpointManager, tree, label: int) -> None:
     manager.save(label, args=ocp.args.StandardSave(tree))
 
 
-def _restore(manager: ocp.CheckpointManager, like, sharding: Sharding, label=None):
+def _restore(manager: ocp.CheckpointManager, like, label=None):
   label = manager.latest_step() if label is None else label
   if label is None:
     return None
-  # Told today's sharding, as the devices may not be those that saved.
-  target = abstract(like, sharding)
   try:
-    return manager.restore(label, args=ocp.args.StandardRestore(target))
+    # Told today's shardings: the devices may not be those that saved.
+    return manager.restore(label, args=ocp.args.StandardRestore(like))
   except (OSError, ValueError, KeyError) as error:
     raise workdir.WorkdirError(
       f"the checkpoint {manager.directory / str(label)} can't be read: "

@@ -14,7 +14,7 @@ from train import data, metrics, optimizer, workdir
 from train.checkpoint import Checkpoints
 from train.evaluate import evaluate
 from train.interrupt import StopRequest, TrainingFailed
-from train.mesh import by_example, make_mesh, microbatch_size, replicated
+from train.mesh import by_example, make_mesh, microbatch_size, state_shardings
 from train.state import (
   Sums,
   TrainState,
@@ -41,7 +41,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
     Interrupted: a signal asked the run to stop; its state is saved.
     TrainingFailed: the loss is no longer a number.
   """
-  mesh = make_mesh()
+  mesh = make_mesh(**config.mesh)
   microbatch = microbatch_size(config, mesh)
   config.data = data.resolve(config.data)
   info = data.describe(config.data)
@@ -53,7 +53,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   model = make_model(config, info.num_classes)
   plateau = optimizer.make_plateau(config.plateau)
   best_mode = optimizer.BEST[config.best_metric]
-  init = make_init(config, info, replicated(mesh))
+  init = make_init(config, info, mesh)
   abstract = abstract_state(init, info)
   steps_per_epoch = data.num_batches(info.sizes["train"], config.batch_size)
 
@@ -64,7 +64,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
     compiled, _ = compiling.result()
     stop.check()
 
-    state = checkpoints.restore_last(abstract, replicated(mesh))
+    state = checkpoints.restore_last(abstract)
     if state is None:
       state = init(*channel_statistics(dataset.train.images))
     else:
@@ -118,14 +118,14 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
           plateau=optimizer.end_of_epoch(plateau, state.plateau, val["loss"]),
           best=optimizer.update_best(state.best, row[config.best_metric], epoch, best_mode),
         )
-        state = jax.device_put(state, replicated(mesh))
+        state = jax.device_put(state, state_shardings(state, mesh))
         if int(state.best.epoch) == epoch:
           checkpoints.save_best(state)
         checkpoints.save_last(state)
 
       best_epoch = int(state.best.epoch)
       progress.write(f"Testing the weights of epoch {best_epoch}.")
-      best = checkpoints.restore_best(abstract.weights(), replicated(mesh), best_epoch)
+      best = checkpoints.restore_best(abstract.weights(), best_epoch)
       test = evaluate(
         eval_step, best, dataset.test, config.batch_size, mesh, after_batch=stop.check
       )

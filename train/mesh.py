@@ -1,8 +1,10 @@
 """Devices -> mesh, and how arrays lie on it."""
 
 import ctypes
+import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,12 @@ from ml_collections import ConfigDict
 
 from train.check import ConfigError
 
-DATA = "data"  # the mesh axis over which the batch is cut
+DATA, FSDP = "data", "fsdp"  # the mesh's axes
+BATCH = (DATA, FSDP)  # those over which the batch is cut
+
+# Elements of an array under which each device holds all of it: a message of its own would cost more
+# time than the copies cost memory.
+_SHARDED_FROM = 2**14
 
 _XLA_FLAGS = (
   # XLA ends the process if a CPU device waits 40 s for another at the sum of the gradients: a step
@@ -79,19 +86,64 @@ def _keep_freed_memory() -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, 2**26)
 
 
-def make_mesh() -> Mesh:
-  """A mesh of one axis, "data", over all devices; one device is a mesh of one."""
-  return jax.make_mesh((jax.device_count(),), (DATA,), axis_types=(AxisType.Auto,))
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of the axes "data" and "fsdp"; one device is a mesh of one.
+
+  The batch is cut over both. Parameters and optimizer state have a copy on each row of "data", and
+  are cut over "fsdp" (fully sharded data parallelism: Rajbhandari et al., ZeRO, 2020, stage 3).
+
+  Args:
+    data, fsdp: devices along each axis, as in `config.mesh`; -1 for what the other leaves.
+    devices: of the mesh; None: all there are.
+  Raises:
+    ConfigError: the sizes do not fit the devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  sizes = [data, fsdp]
+  if -1 in sizes:
+    other = sizes[1 - sizes.index(-1)]
+    if count % other:
+      raise ConfigError(f"config.mesh = {data} x {fsdp}: {count} devices do not divide by {other}")
+    sizes[sizes.index(-1)] = count // other
+  if sizes[0] * sizes[1] != count:
+    raise ConfigError(
+      f"config.mesh = {data} x {fsdp} needs {sizes[0] * sizes[1]} devices, and there are {count}: "
+      "-1 for one of its axes takes what is left"
+    )
+  return jax.make_mesh(sizes, BATCH, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of arrays of which each device holds a copy: the train state."""
-  return NamedSharding(mesh, PartitionSpec())
+def sharded_axis(shape: Sequence[int], mesh: Mesh) -> int | None:
+  """The axis of a parameter that is cut over "fsdp": the largest that divides; None: none is.
+
+  What is small is not cut, and nothing is over an "fsdp" of 1.
+  """
+  parts = mesh.shape[FSDP]
+  fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
+  if parts == 1 or math.prod(shape) < _SHARDED_FROM or not fitting:
+    return None
+  return max(fitting, key=lambda axis: shape[axis])
+
+
+def state_specs(tree: Any, mesh: Mesh) -> Any:
+  """How each array of a train state, or of a part of one, is cut over the mesh, by its shape."""
+
+  def spec(x) -> PartitionSpec:
+    axis = sharded_axis(x.shape, mesh)
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, FSDP)
+
+  return jax.tree.map(spec, tree)
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+  """The shardings that follow from `state_specs`."""
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tree, mesh))
 
 
 def by_example(mesh: Mesh, axis: int = 0) -> NamedSharding:
   """The sharding of arrays whose axis `axis` is the batch: each device holds its examples."""
-  return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
 
 
 def abstract(tree: Any, sharding: NamedSharding) -> Any:

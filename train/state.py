@@ -10,12 +10,13 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import mlp_models
 from train import optimizer
 from train.data import DatasetInfo
+from train.mesh import state_shardings
 
 Array = jax.Array
 
@@ -114,13 +115,15 @@ def init_state(
   )
 
 
-def make_init(config: ConfigDict, info: DatasetInfo, sharding: Sharding) -> Callable:
-  """`init_state` for a run, jitted: (mean, variance) -> the state on the devices of `sharding`."""
-  return jax.jit(functools.partial(init_state, config, info), out_shardings=sharding)
+def make_init(config: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Callable:
+  """`init_state` for a run, jitted: (mean, variance) -> the state, laid out on the mesh."""
+  init = jax.jit(functools.partial(init_state, config, info))  # traced once for both uses
+  shapes = jax.eval_shape(init, *abstract_statistics(info))
+  return jax.jit(init, out_shardings=state_shardings(shapes, mesh))
 
 
 def abstract_state(init: Callable, info: DatasetInfo) -> TrainState:
-  """Shapes and dtypes of what `make_init`'s function gives; nothing is computed."""
+  """Shapes, dtypes and shardings of what `make_init`'s function gives; nothing is computed."""
   return jax.eval_shape(init, *abstract_statistics(info))
 
 

@@ -20,7 +20,16 @@ from ml_collections import ConfigDict
 
 from train import augment
 from train.data import DatasetInfo, num_batches
-from train.mesh import DATA, abstract, by_example, replicated
+from train.mesh import (
+  BATCH,
+  DATA,
+  FSDP,
+  abstract,
+  by_example,
+  sharded_axis,
+  state_shardings,
+  state_specs,
+)
 from train.optimizer import make_optimizer
 from train.state import (
   Sums,
@@ -72,7 +81,7 @@ def lower_train_step(
   """Lowers what `make_train_step` gave, from the shapes of an epoch's first call alone.
 
   Args:
-    state: shapes and dtypes, as `abstract_state` gives them.
+    state: as `abstract_state` gives it.
   """
   steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
   steps_and_batch = (min(config.steps_per_call, steps_per_epoch), config.batch_size)
@@ -82,10 +91,7 @@ def lower_train_step(
     "mask": (steps_and_batch, jnp.bool),
   }
   batches = {key: jax.ShapeDtypeStruct(*shape) for key, shape in shapes.items()}
-  return step.lower(
-    abstract(state, replicated(mesh)),
-    abstract(batches, by_example(mesh, axis=1)),
-  )
+  return step.lower(state, abstract(batches, by_example(mesh, axis=1)))
 
 
 def compile_in_background(
@@ -143,7 +149,8 @@ def train_step(
   gradients = jax.grad(
     functools.partial(loss, state=state, model=model, augmentation=augmentation), has_aux=True
   )
-  grads, sums = sum_over_batch(gradients, state.params, batch, microbatch, mesh)
+  like = (state.params, state.sums)
+  grads, sums = sum_over_batch(gradients, like, state.params, batch, microbatch, mesh)
   grads = jax.tree.map(lambda g: g / sums.count, grads)
   updates, opt_state = optimizer.update(
     grads, state.opt_state, state.params, learning_rate_scale=state.plateau.scale
@@ -154,7 +161,7 @@ def train_step(
     opt_state=opt_state,
     sums=jax.tree.map(jnp.add, state.sums, sums),
   )
-  return state, sums
+  return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh)), sums
 
 
 def loss(
@@ -211,7 +218,7 @@ def eval_step(
     logits = model.apply({"params": params}, images)
     return sum_metrics(logits, examples["label"], examples["mask"])
 
-  return sum_over_batch(evaluate, weights.params, batch, microbatch, mesh)
+  return sum_over_batch(evaluate, Sums.zero(), weights.params, batch, microbatch, mesh)
 
 
 def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
@@ -231,25 +238,26 @@ def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
 
 
 def sum_over_batch(
-  function: Callable, params: dict, batch: Batch, microbatch: int, mesh: Mesh
+  function: Callable, like: Any, params: dict, batch: Batch, microbatch: int, mesh: Mesh
 ) -> Any:
   """Sums `function(params, examples, positions)` over microbatches, then once over the devices.
 
   Args:
     function: gives a tree of arrays; `examples` are rows of the batch, `positions` int32 [B] their
       places in it.
-    microbatch: examples that it gets at a time; divides each device's share of the batch.
+    like: a tree of arrays of the shapes and dtypes that `function` gives.
+    params: laid out by `mesh.state_shardings`; each device gathers them for itself.
+    microbatch: examples that `function` gets at a time; divides each device's share of the batch.
+  Returns:
+    The sums, laid out by `mesh.state_shardings` too: each device keeps what it will update.
   """
-  # Below it is traced for the shapes of what it gives, and again for the loop: the second time, jit
-  # remembers.
-  function = jax.jit(function, inline=True)
 
   def on_each_device(params, batch):
     # Without this the gradient of the replicated params would be summed over the devices in every
     # microbatch; as a value that each device has for itself, it is summed where we say so.
-    params = jax.lax.pcast(params, DATA, to="varying")
+    params = jax.lax.pcast(params, BATCH, to="varying")
     share = len(batch["label"])
-    positions = jax.lax.axis_index(DATA) * share + jnp.arange(share)
+    positions = jax.lax.axis_index(BATCH) * share + jnp.arange(share)
     parts = jax.tree.map(
       lambda x: x.reshape(share // microbatch, microbatch, *x.shape[1:]), (batch, positions)
     )
@@ -257,17 +265,30 @@ def sum_over_batch(
     def add(total, part):
       return jax.tree.map(jnp.add, total, function(params, *part)), None
 
-    first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(
-      lambda x: jax.lax.pcast(jnp.zeros(x.shape, x.dtype), DATA, to="varying"),
-      jax.eval_shape(function, params, *first),
+      lambda x: jax.lax.pcast(jnp.zeros(x.shape, x.dtype), BATCH, to="varying"), like
     )
     total, _ = jax.lax.scan(add, zeros, parts)
-    return jax.lax.psum(total, DATA)
+    return _sum_over_devices(total, mesh)
 
   return jax.shard_map(
     on_each_device,
     mesh=mesh,
-    in_specs=(PartitionSpec(), PartitionSpec(DATA)),
-    out_specs=PartitionSpec(),
+    in_specs=(PartitionSpec(), PartitionSpec(BATCH)),
+    out_specs=state_specs(like, mesh),
   )(params, batch)
+
+
+def _sum_over_devices(tree: Any, mesh: Mesh) -> Any:
+  """Sums what each device has; of an array that is cut over "fsdp" it gets its own part."""
+  leaves, structure = jax.tree.flatten(tree)
+  axes = [sharded_axis(x.shape, mesh) for x in leaves]
+  whole = jax.lax.psum([x for x, axis in zip(leaves, axes, strict=True) if axis is None], BATCH)
+  parts = [
+    jax.lax.psum_scatter(x, FSDP, scatter_dimension=axis, tiled=True)
+    for x, axis in zip(leaves, axes, strict=True)
+    if axis is not None
+  ]
+  parts = jax.lax.psum(parts, DATA)
+  whole, parts = iter(whole), iter(parts)
+  return structure.unflatten([next(whole if axis is None else parts) for axis in axes])

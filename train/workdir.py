@@ -18,6 +18,8 @@ _FREE_TO_DIFFER = (
   "data.archive",
   "data.data_dir",
   "data.fallback",
+  "mesh.data",
+  "mesh.fsdp",
   "microbatch",
   "remat",
   "steps_per_call",
