@@ -33,10 +33,17 @@ def get_config() -> ConfigDict:
   config.mesh.fsdp = 1
 
   config.data = ConfigDict()
-  config.data.name = "cifar100"  # any TFDS image classification set; "shapes100" is built in
+  # Any TFDS image classification set; "shapes100" is built in; "folder:PATH" is an image folder,
+  # PATH/{train,test}/CLASS/*.png or *.jpg.
+  config.data.name = "cifar100"
+  config.data.skip_broken = False  # leave out a folder's images that can't be decoded
   config.data.data_dir = ""  # of TFDS; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
   config.data.archive = ""  # CIFAR archive on disk to prepare from, instead of a download
   config.data.fallback = ""  # set to use if `name` is neither prepared nor to be downloaded
+  # Bytes; larger sets are streamed from disk. None: a quarter of the host's memory.
+  config.data.in_memory_bytes = config_dict.placeholder(int)
+  # Processes on each host that decode what is streamed. None: half as many as cores, 16 at most.
+  config.data.workers = config_dict.placeholder(int)
   config.data.train_split = "train[:90%]"  # TFDS's notation; the last tenth of "train" validates,
   config.data.validation_split = "train[90%:]"  # as Keras' validation_split=0.1 has it
   config.data.test_split = "test"

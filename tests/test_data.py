@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import psutil
 import pytest
@@ -19,7 +18,6 @@ from PIL import Image
 
 from configs import default
 from train import data
-from train.mesh import make_mesh
 
 REPOSITORY = Path(__file__).parents[1]
 CIFAR_FILES = (  # of a prepared CIFAR-100
@@ -120,7 +118,7 @@ def test_only_the_asked_splits_are_read():
 
 
 def test_describe_knows_sizes_and_classes_without_reading_images(monkeypatch):
-  monkeypatch.setattr(data, "_read", None)
+  monkeypatch.setattr(data, "_decode", None)
   info = data.describe(data_config(data_dir=str(cifar100_dir())))
   assert info.sizes == {"train": 45_000, "validation": 5_000, "test": 10_000}
   assert info.image_shape == (32, 32, 3) and info.num_classes == 100
@@ -175,12 +173,22 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(photos_config):
     data.describe(photos_config)
 
 
-def test_a_dataset_larger_than_memory_is_refused_with_numbers(photos_config, monkeypatch):
+def test_a_dataset_that_does_not_fit_is_streamed(photos_config, monkeypatch):
+  assert isinstance(data.load(photos_config, image_size=24).train, data.Split)
+  in_memory = data.load(photos_config, image_size=24)
+  photos_config.in_memory_bytes = 12 * 24 * 24 * 3 - 1
+  streamed = data.load(photos_config, image_size=24)
+  for name in data.SPLITS:
+    split = getattr(streamed, name)
+    assert isinstance(split, data.StreamedSplit) and split.workers >= 1
+    rows = np.arange(len(split))
+    for streamed_part, part in zip(split[rows], getattr(in_memory, name)[rows], strict=True):
+      np.testing.assert_array_equal(streamed_part, part)
   memory = type(psutil.virtual_memory())
   little = memory(**(psutil.virtual_memory()._asdict() | {"available": 2**20}))
   monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
-  with pytest.raises(data.DataError, match=r"takes 0\.1 GiB in memory, and 0\.0 GiB are available"):
-    data.load(photos_config, image_size=2000)
+  photos_config.in_memory_bytes = 2**40
+  assert isinstance(data.load(photos_config, image_size=2000).train, data.StreamedSplit)
 
 
 def test_tfrecord_says_how_to_prepare_anew(broken_cifar100):
@@ -199,71 +207,6 @@ def test_an_unknown_dataset_is_one_line():
   with pytest.raises(data.DataError) as error:
     data.describe(data_config(name="cifar_1000"))
   assert str(error.value) == "--config.data.name=cifar_1000 is no dataset that TFDS knows."
-
-
-# Batches ------------------------------------------------------------------------------------------
-
-
-def numbered(n):
-  """A split whose image i is filled with i and whose label is i."""
-  labels = np.arange(n, dtype=np.int32)
-  return data.Split(np.tile(labels.astype(np.uint8)[:, None, None, None], (1, 2, 2, 3)), labels)
-
-
-def kept(batches):
-  """Labels of the rows that count, in order."""
-  return np.concatenate([batch["label"][batch["mask"]] for batch in batches])
-
-
-@pytest.mark.parametrize("seed", [None, 0])
-@pytest.mark.parametrize("batch_size", [1, 7, 50, 100, 128])
-def test_every_image_comes_exactly_once(batch_size, seed):
-  batches = list(data.batches(numbered(100), batch_size, seed=seed))
-  assert len(batches) == data.num_batches(100, batch_size)
-  assert sorted(kept(batches)) == list(range(100))
-  for batch in batches:
-    assert batch["image"].shape == (batch_size, 2, 2, 3) and batch["image"].dtype == np.uint8
-    assert batch["label"].shape == (batch_size,) and batch["label"].dtype == np.int32
-    assert batch["mask"].shape == (batch_size,) and batch["mask"].dtype == bool
-    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
-
-
-def test_without_a_seed_the_order_is_that_on_disk():
-  np.testing.assert_array_equal(kept(data.batches(numbered(100), 7)), np.arange(100))
-
-
-def test_order_is_a_function_of_seed_and_epoch():
-  def order(seed, epoch):
-    return kept(data.batches(numbered(100), 8, seed=seed, epoch=epoch)).tolist()
-
-  assert order(0, 0)[:8] == [13, 97, 16, 37, 21, 35, 55, 86]
-  assert order(3, 5)[:8] == [2, 19, 57, 33, 60, 63, 75, 83]
-  assert order(3, 5) == order(3, 5)
-  assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
-
-
-def test_start_goes_on_with_the_batch_that_was_next():
-  whole = list(data.batches(numbered(100), 8, seed=1, epoch=2))
-  rest = list(data.batches(numbered(100), 8, seed=1, epoch=2, start=5))
-  assert len(rest) == len(whole) - 5
-  jax.tree.map(np.testing.assert_array_equal, rest, whole[5:])
-
-
-@pytest.mark.parametrize("size", [0, 2, 50])
-def test_prefetch_keeps_order_and_places_batches_on_the_mesh(size):
-  mesh = make_mesh()
-  sharding = jax.NamedSharding(mesh, jax.P("data"))
-  batch_size = 2 * jax.device_count()
-  batches = list(data.prefetch(data.batches(numbered(100), batch_size), sharding, size))
-  np.testing.assert_array_equal(kept(jax.device_get(batches)), np.arange(100))
-  assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(batches))
-
-
-def test_prefetch_reads_no_further_ahead_than_told():
-  taken = []
-  iterator = (taken.append(i) or {"label": np.full(1, i)} for i in range(10))
-  next(data.prefetch(iterator, jax.sharding.SingleDeviceSharding(jax.devices()[0]), size=2))
-  assert taken == [0, 1, 2]
 
 
 # No network, damaged files ------------------------------------------------------------------------

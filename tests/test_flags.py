@@ -30,6 +30,7 @@ BAD = [
 def test_bad_flag_is_one_line(flag, message, status, monkeypatch, capsys, tmp_path):
   workdir = tmp_path / "run"
   argv = ["train.main", "--config", "configs/mixer.py", "--workdir", str(workdir), flag]
+  argv.append("--processes=1")  # looking for others must come before JAX's backend has started
   monkeypatch.setattr(sys, "argv", argv)
   monkeypatch.setattr("train.mesh.start_jax", lambda config: None)  # conftest's eight
   with pytest.raises(SystemExit) as exit:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,9 +121,11 @@ COMMAND = [
 ]
 
 
-def start(folder: Path, *flags: str, devices: int = 2, prefix=()) -> subprocess.Popen:
+def start(
+  folder: Path, *flags: str, devices: int = 2, command: Sequence[str] = COMMAND
+) -> subprocess.Popen:
   return subprocess.Popen(
-    [*prefix, *COMMAND, "--workdir", str(folder), *flags],
+    [*command, "--workdir", str(folder), *flags],
     cwd=REPOSITORY,
     env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir()), "JAX_NUM_CPU_DEVICES": str(devices)},
     stdout=subprocess.PIPE,
@@ -156,7 +159,13 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-  "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+  "signum",
+  [
+    signal.SIGTERM,
+    signal.SIGKILL,
+    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+  ],
 )
 def test_resumed_run_equals_uninterrupted_run(uninterrupted, tmp_path, signum):
   folder = tmp_path / "run"
@@ -260,7 +269,7 @@ def test_out_of_memory_names_three_knobs(tmp_path):
   sizes = ("--config.model.image_size=512", "--config.model.patch_size=64")
   batch = ("--config.batch_size=4096", "--config.microbatch=2048")
   limit = ("bash", "-c", 'ulimit -v 8388608; exec "$@"', "bash")  # 8 GiB
-  process = start(tmp_path / "run", *sizes, *batch, prefix=limit)
+  process = start(tmp_path / "run", *sizes, *batch, command=(*limit, *COMMAND))
   output, error = process.communicate(timeout=200)
   assert process.returncode == 1
   assert "MiB on each device" in output

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import math
 import re
 from collections import Counter
@@ -14,7 +15,8 @@ import pytest
 
 import mlp_models
 from train import augment, optimizer
-from train.data import DatasetInfo, stack
+from train.batches import stack
+from train.data import DatasetInfo, Split
 from train.mesh import by_example, make_mesh, sharded_axis, state_shardings
 from train.state import Sums, abstract_state, channel_statistics, init_state, make_init, make_model
 from train.step import (
@@ -58,7 +60,7 @@ def run_steps(config, mesh, microbatch: int, batches: list[dict], state=None):
   state = state or new_state(config)
   state = jax.device_put(state, state_shardings(state, mesh))
   losses = []
-  for call in stack(iter(batches), config.steps_per_call):
+  for call in stack(iter(batches), itertools.repeat(config.steps_per_call)):
     state, sums = step(state, jax.device_put(call, by_example(mesh, axis=1)))
     losses += (sums.loss / sums.count).tolist()
   return losses, jax.device_get(state)
@@ -284,7 +286,7 @@ def test_what_was_compiled_in_the_background_is_not_compiled_again():
   config.batch_size = BATCH
   step, init = make_train_step(config, 100, 4, mesh), make_init(config, INFO, mesh)
   compile_in_background(step, init, config, INFO, mesh).result()
-  batches = jax.device_put(next(stack(iter([noise_batch(0)]), 1)), by_example(mesh, axis=1))
+  batches = jax.device_put(next(stack(iter([noise_batch(0)]), iter([1]))), by_example(mesh, axis=1))
   compilations = []
 
   def listen(event: str, seconds: float, **kwargs) -> None:
@@ -347,7 +349,7 @@ def test_remat_saves_memory_at_many_tokens(name, sizes):
 def test_channel_statistics_are_those_of_the_images():
   images = np.random.default_rng(0).integers(0, 256, (3000, 8, 8, 3), dtype=np.uint8)
   images[..., 1] //= 2
-  mean, variance = channel_statistics(images)
+  mean, variance = channel_statistics(Split(images, np.zeros(3000, np.int32)))
   np.testing.assert_allclose(mean, images.mean((0, 1, 2)), rtol=1e-6)
   np.testing.assert_allclose(variance, images.var((0, 1, 2)), rtol=1e-6)
 

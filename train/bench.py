@@ -11,7 +11,6 @@ Rates are medians over repeats; how far they lie apart shows what else the machi
 
 import argparse
 import functools
-import itertools
 import json
 import resource
 import statistics
@@ -24,12 +23,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import mlp_models
 from train import augment, check, data, flags, mesh
+from train.batches import train_calls
 from train.evaluate import evaluate
 from train.state import TrainState, abstract_state, channel_statistics, make_init, make_model
 from train.step import (
@@ -55,7 +56,7 @@ class Training(NamedTuple):
   microbatch: int
   step: Callable
   state: TrainState
-  split: data.Split  # that it trains on
+  split: data.Split | data.StreamedSplit  # that it trains on
   calls: Iterator[dict]  # what `step` takes, on the mesh, without end
   compile_seconds: float
   memory: int  # bytes that the compiler plans for a device's temporaries
@@ -84,11 +85,9 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
       f"a step needs {memory * devices.size / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
     )
 
-  sharding = mesh.by_example(devices, axis=1)
-  epochs = (data.train_calls(dataset.train, config, sharding, n) for n in itertools.count(1))
-  calls = itertools.chain.from_iterable(epochs)
+  calls = train_calls(dataset.train, config, devices, range(2**40))  # without end
   try:
-    state = init(*channel_statistics(dataset.train.images))
+    state = init(*channel_statistics(dataset.train))
     first = next(calls)
     state, _ = jax.block_until_ready(step(state, first))
   except jax.errors.JaxRuntimeError as error:
@@ -137,7 +136,7 @@ def evaluation_rate(training: Training, repeats: int, seconds: float) -> float:
   weights = training.state.weights()
 
   def evaluate_images(count: int) -> float:
-    split = data.Split(training.split.images[:count], training.split.labels[:count])
+    split = data.Split(*training.split[np.arange(count)])
     began = time.perf_counter()
     evaluate(step, weights, split, config.batch_size, devices)
     return time.perf_counter() - began

@@ -34,6 +34,9 @@ def check_config(config: ConfigDict) -> None:
   require(config.mesh.data != -1 or config.mesh.fsdp != -1, "mesh.fsdp", "only one axis can be -1")
   require(0 <= config.seed < 2**32, "seed", "from 0 to 2**32 - 1")
   require(config.checkpoint_seconds > 0, "checkpoint_seconds", "more than 0")
+  limit, workers = config.data.in_memory_bytes, config.data.workers
+  require(limit is None or limit >= 0, "data.in_memory_bytes", "at least 0, or None")
+  require(workers is None or workers >= 1, "data.workers", "at least 1, or None")
   require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
   require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
   require(

@@ -1,30 +1,28 @@
-"""Datasets: from TFDS on disk to batches on the mesh.
+"""Datasets: found or prepared on disk, and read.
 
     python -m train.data prepare --name cifar100 [--data_dir DIR] [--archive FILE]
     python -m train.data show --config configs/mixer.py [--config.KEY=VALUE] [--output FILE.png]
 
-Any TFDS image-classification set (features `image` and `label`) that fits in memory, prepared as
-ArrayRecord and read without TensorFlow. One process reads all of it.
+Any TFDS image-classification set (features `image` and `label`), prepared as ArrayRecord and read
+without TensorFlow, or an image folder. What fits is kept in memory, the rest is streamed.
 """
 
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import io
-import itertools
 import json
 import os
 import sys
 import textwrap
 import threading
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import jax
 import numpy as np
 import psutil
 from ml_collections import ConfigDict
@@ -32,15 +30,15 @@ from PIL import Image
 
 from train import flags
 
-Batch = Mapping[str, np.ndarray]
-
 SPLITS = ("train", "validation", "test")
 _EMBEDDED = "shapes100"  # the embedded dataset: drawn on the spot, needs no network
 _NOTHING_DELETED = (
   "Nothing was deleted. Move the folder away to have the dataset prepared anew, or choose another "
   "with --config.data.data_dir."
 )
-_CHUNK = 1024  # records that a thread reads at a time
+CHUNK = 1024  # images that a thread reads at a time
+_FOLDER = "folder:"  # in front of the path of an image folder
+_MAX_WORKERS = 16
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _FLAGS = {  # of cv2.imdecode, by number of channels; photos are not turned, as in TFDS
   1: cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
@@ -79,7 +77,7 @@ class DatasetInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Images, uint8 [N, H, W, C], and their labels, int32 [N]."""
+  """Images in memory, uint8 [N, H, W, C], and their labels, int32 [N]."""
 
   images: np.ndarray
   labels: np.ndarray
@@ -87,16 +85,52 @@ class Split:
   def __len__(self) -> int:
     return len(self.labels)
 
+  def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of some rows."""
+    return self.images[rows], self.labels[rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit:
+  """Images on disk, read and decoded when they are asked for; otherwise like a `Split`."""
+
+  records: "_Records"  # or an image folder's
+  shape: tuple[int, int, int]  # H, W and C, to which all are resized
+  workers: int  # processes that read ahead
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of some rows. Raises DataError if one can't be read."""
+    images = np.empty((len(rows), *self.shape), np.uint8)
+    labels = np.empty(len(rows), np.int32)
+    self.read(rows, images, labels)
+    return images, labels
+
+  def read(self, rows: Sequence[int], images: np.ndarray, labels: np.ndarray) -> None:
+    """Puts some rows in arrays that are there. Raises DataError if one can't be read."""
+    try:
+      for i, (encoded, label) in enumerate(self.records.read(rows)):
+        images[i], labels[i] = _decode(encoded, self.shape), label
+    except Exception as error:
+      if len(rows) > 1:  # the one that is damaged is to be named
+        for i, row in enumerate(rows):
+          self.read([row], images[i : i + 1], labels[i : i + 1])
+      raise DataError(
+        f"{self.records.file(rows[0])} can't be read: {_first_line(error)} {_NOTHING_DELETED}"
+      ) from error
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A dataset in memory; a split that was not asked for is None."""
+  """A dataset, in memory or streamed; a split that was not asked for is None."""
 
   name: str
   class_names: tuple[str, ...]
-  train: Split | None = None
-  validation: Split | None = None
-  test: Split | None = None
+  train: Split | StreamedSplit | None = None
+  validation: Split | StreamedSplit | None = None
+  test: Split | StreamedSplit | None = None
 
 
 # Finding and preparing ----------------------------------------------------------------------------
@@ -113,7 +147,7 @@ def resolve(data_config: ConfigDict) -> ConfigDict:
     DataError: the dataset is broken, or out of reach with no fallback.
   """
   try:
-    _prepared_builder(data_config)
+    _open(data_config)
     return data_config
   except UnreachableError as error:
     if not data_config.fallback:
@@ -137,23 +171,80 @@ def describe(data_config: ConfigDict) -> DatasetInfo:
   Raises:
     DataError: the dataset is out of reach, broken, or no image-classification set.
   """
-  builder = _prepared_builder(data_config)
-  class_names = _class_names(builder)
-  shape = builder.info.features["image"].shape
+  source = _open(data_config)
   sizes = {}
   for split in SPLITS:
     instruction = data_config[f"{split}_split"]
     try:
-      sizes[split] = builder.info.splits[instruction].num_examples
+      sizes[split] = len(source.records(instruction))
     except (KeyError, ValueError, AssertionError):
-      known = ", ".join(f"{name} ({s.num_examples:,})" for name, s in builder.info.splits.items())
+      known = ", ".join(f"{name} ({size:,})" for name, size in source.sizes.items())
       raise DataError(
         f"config.data.{split}_split = {instruction!r} is no split of {data_config.name}, "
         f"which has {known}."
       ) from None
     if not sizes[split]:
       raise DataError(f"config.data.{split}_split = {instruction!r} holds no image.")
-  return DatasetInfo(data_config.name, class_names, (*shape[:2], shape[2] or 3), sizes)
+  return DatasetInfo(data_config.name, source.class_names, source.image_shape, sizes)
+
+
+def _open(data_config):
+  """The dataset on disk, prepared if need be: its class names, image shape, sizes and records."""
+  if data_config.name.startswith(_FOLDER):
+    from train.datasets.folder import open_folder
+
+    path = Path(data_config.name.removeprefix(_FOLDER)).expanduser().absolute()
+    return open_folder(path, data_config.skip_broken)
+  return _Prepared(_prepared_builder(data_config))
+
+
+class _Prepared:
+  """A dataset that TFDS has prepared."""
+
+  def __init__(self, builder):
+    self._splits = builder.info.splits
+    self.class_names = _class_names(builder)
+    height, width, channels = builder.info.features["image"].shape
+    self.image_shape = (height, width, channels or 3)
+    self.sizes = {name: split.num_examples for name, split in self._splits.items()}
+
+  def records(self, instruction):
+    return _Records(self._splits[instruction].file_instructions)
+
+
+class _Records:
+  """Encoded images and their labels, by index: those of a split in ArrayRecord files."""
+
+  def __init__(self, files):
+    self._files = files
+    lengths = [f.examples_in_shard - f.skip if f.take == -1 else f.take for f in files]
+    self._ends = np.cumsum(lengths)
+
+  def __len__(self):
+    return int(self._ends[-1]) if len(self._ends) else 0
+
+  @functools.cached_property
+  def _source(self):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    return ArrayRecordDataSource(self._files)
+
+  def __getstate__(self):  # for worker processes, which open the files themselves
+    return {key: value for key, value in vars(self).items() if key != "_source"}
+
+  def read(self, rows):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    records = []
+    for record in self._source.__getitems__(rows):
+      # TFDS's own features.deserialize_example_np takes three times as long.
+      feature = tf_example_pb2.Example.FromString(record).features.feature
+      label = feature["label"].int64_list.value[0]
+      records.append((feature["image"].bytes_list.value[0], label))
+    return records
+
+  def file(self, row):
+    return self._files[np.searchsorted(self._ends, row, side="right")].filename
 
 
 def _class_names(builder):
@@ -339,65 +430,49 @@ def _boxed(text):
 
 
 def load(data_config: ConfigDict, image_size: int, splits: tuple[str, ...] = SPLITS) -> Dataset:
-  """Reads a dataset into memory, prepared first if need be.
+  """Opens a dataset, prepared first if need be, and reads it into memory if it fits.
 
   Args:
     data_config: `config.data`.
     image_size: height and width in pixels to which images are resized where the dataset's differ
       in size; where all have one size, they are kept as they are.
-    splits: which of "train", "validation" and "test" to read.
+    splits: which of "train", "validation" and "test" to open.
   Raises:
-    DataError: the dataset is out of reach, broken, or larger than the memory available.
+    DataError: the dataset is out of reach or broken.
   """
   info = describe(data_config)
+  source = _open(data_config)
   shape = info.shape_in_memory(image_size)
-  needed = sum(info.sizes[split] for split in splits) * int(np.prod(shape))
-  available = psutil.virtual_memory().available
-  if needed > available:
-    raise DataError(
-      f"{info.name} takes {needed / 2**30:.1f} GiB in memory, and {available / 2**30:.1f} GiB are "
-      "available. Read less of it, for instance --config.data.train_split='train[:10%]'."
-    )
-  builder = _prepared_builder(data_config)
-  read = {split: _read(builder, data_config[f"{split}_split"], shape) for split in splits}
-  return Dataset(info.name, info.class_names, **read)
+  cores = os.cpu_count() or 1
+  workers = data_config.workers or max(1, min(cores // 2, _MAX_WORKERS))
+  opened = {
+    split: StreamedSplit(source.records(data_config[f"{split}_split"]), shape, workers)
+    for split in splits
+  }
+  needed = sum(map(len, opened.values())) * int(np.prod(shape))
+  memory = psutil.virtual_memory()
+  limit = data_config.in_memory_bytes
+  limit = memory.total // 4 if limit is None else limit
+  if needed <= min(limit, memory.available):
+    opened = {name: _read(split) for name, split in opened.items()}
+  return Dataset(info.name, info.class_names, **opened)
 
 
-def _read(builder, instruction, shape) -> Split:
+def _read(streamed: StreamedSplit) -> Split:
   """Decodes a split in threads: ArrayRecord and OpenCV release Python's lock while they work."""
-  from array_record.python.array_record_data_source import ArrayRecordDataSource
-  from tensorflow_datasets.proto import tf_example_pb2
-
-  split = builder.info.splits[instruction]
-  images = np.empty((split.num_examples, *shape), np.uint8)
-  labels = np.empty(split.num_examples, np.int32)
-
-  def read_chunk(source, indices: range, first_row: int) -> None:
-    for row, record in enumerate(source.__getitems__(indices), first_row):
-      # TFDS's own features.deserialize_example_np takes three times as long.
-      feature = tf_example_pb2.Example.FromString(record).features.feature
-      images[row] = _decode(feature["image"].bytes_list.value[0], shape)
-      labels[row] = feature["label"].int64_list.value[0]
-
-  first_row = 0
-  for file in split.file_instructions:
+  images = np.empty((len(streamed), *streamed.shape), np.uint8)
+  labels = np.empty(len(streamed), np.int32)
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    chunks = []
+    for start in range(0, len(streamed), CHUNK):
+      part = slice(start, start + CHUNK)
+      rows = range(start, min(start + CHUNK, len(streamed)))
+      chunks.append(threads.submit(streamed.read, rows, images[part], labels[part]))
     try:
-      source = ArrayRecordDataSource([file])
-      with concurrent.futures.ThreadPoolExecutor() as threads:
-        chunks = []
-        for start in range(0, len(source), _CHUNK):
-          indices = range(start, min(start + _CHUNK, len(source)))
-          chunks.append(threads.submit(read_chunk, source, indices, first_row + start))
-        try:
-          for chunk in chunks:
-            chunk.result()
-        finally:
-          threads.shutdown(wait=False, cancel_futures=True)  # after an error, of the others
-    except Exception as error:
-      raise DataError(
-        f"{file.filename} can't be read: {_first_line(error)} {_NOTHING_DELETED}"
-      ) from error
-    first_row += len(source)
+      for chunk in chunks:
+        chunk.result()
+    finally:
+      threads.shutdown(wait=False, cancel_futures=True)  # after an error, of the others
   return Split(images, labels)
 
 
@@ -412,69 +487,6 @@ def _decode(encoded, shape) -> np.ndarray:
   if image.shape[:2] != (height, width):
     image = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
   return np.asarray(image).reshape(shape)
-
-
-# Batches ------------------------------------------------------------------------------------------
-
-
-def num_batches(num_examples: int, batch_size: int) -> int:
-  """Batches that hold every example once; the last may be filled up."""
-  return -(-num_examples // batch_size)
-
-
-def batches(
-  split: Split, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
-) -> Iterator[Batch]:
-  """Cuts a split in batches, every image exactly once.
-
-  Args:
-    split: what to cut.
-    batch_size: B, rows of each batch, over all devices.
-    seed: shuffles: the order is a function of (seed, epoch) alone. None: the order on disk.
-    epoch: which pass over the split this is.
-    start: the batch to begin with, to go on in the middle of an epoch.
-  Yields:
-    {"image": uint8 [B, H, W, C], "label": int32 [B], "mask": bool [B]}. The last batch is filled up
-    with rows whose mask is False.
-  """
-  order = np.arange(len(split))
-  if seed is not None:
-    # RandomState, as numpy has frozen its stream: a run may be resumed with a later numpy.
-    order = np.random.RandomState([seed, epoch]).permutation(len(split))
-  for first in range(start * batch_size, len(split), batch_size):
-    rows = order[first : first + batch_size]
-    mask = np.arange(batch_size) < len(rows)
-    rows = np.pad(rows, (0, batch_size - len(rows)))
-    yield {"image": split.images[rows], "label": split.labels[rows], "mask": mask}
-
-
-def stack(iterator: Iterator[Batch], size: int) -> Iterator[Batch]:
-  """Stacks `size` batches at a time, the last ones fewer: image uint8 [size, B, H, W, C] etc."""
-  while group := list(itertools.islice(iterator, size)):
-    yield {key: np.stack([batch[key] for batch in group]) for key in group[0]}
-
-
-def train_calls(
-  split: Split, config: ConfigDict, sharding: jax.sharding.Sharding, epoch: int, start: int = 0
-) -> Iterator[dict[str, jax.Array]]:
-  """What `step.make_train_step`'s function takes in an epoch, from step `start` on."""
-  iterator = batches(split, config.batch_size, seed=config.seed, epoch=epoch, start=start)
-  return prefetch(stack(iterator, config.steps_per_call), sharding)
-
-
-def prefetch(
-  iterator: Iterator[Batch], sharding: jax.sharding.Sharding, size: int = 2
-) -> Iterator[dict[str, jax.Array]]:
-  """Puts batches on the mesh ahead of their use, at most `size` at a time; keeps their order.
-
-  Copies are asynchronous: while a step computes, the next batches are on their way.
-  """
-  ahead = collections.deque()
-  for batch in iterator:
-    ahead.append(jax.device_put(batch, sharding))
-    if len(ahead) > size:
-      yield ahead.popleft()
-  yield from ahead
 
 
 # The command line ---------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from train import data, flags
+from train.batches import eval_batches
 from train.check import ConfigError
-from train.mesh import by_example, make_mesh, microbatch_size, start_jax
+from train.mesh import make_mesh, microbatch_size, start_jax
 from train.state import Sums, Weights
 from train.step import make_eval_step
 from train.workdir import WorkdirError, read_config
@@ -25,7 +26,7 @@ from train.workdir import WorkdirError, read_config
 def evaluate(
   step: Callable,
   weights: Weights,
-  split: data.Split,
+  split: data.Split | data.StreamedSplit,
   batch_size: int,
   mesh: Mesh,
   after_batch: Callable[[], None] = lambda: None,
@@ -37,7 +38,7 @@ def evaluate(
     after_batch: called after each batch; what it raises ends the evaluation.
   """
   total = Sums.zero()
-  for batch in data.prefetch(data.batches(split, batch_size), by_example(mesh)):
+  for batch in eval_batches(split, batch_size, mesh):
     before, sums = total, step(weights, batch)
     total = jax.tree.map(jnp.add, total, sums)
     jax.block_until_ready(before)  # no more than one batch ahead, so that `after_batch` is in time

@@ -3,6 +3,9 @@
 import os
 import signal
 
+# Ctrl-C; what ends a job on a cluster or a preempted machine; SLURM's warning before it.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class TrainingFailed(Exception):
   """Nothing can come of this run. The message says why, and what to change."""
@@ -17,37 +20,27 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-  """Within this context SIGINT and SIGTERM only set a flag; a second one ends the process at once.
+  """Within this context the signals only leave their number; a second one ends the process at once.
 
-  A flag, and not a question asked between training steps: a signal that arrives while the program
+  A number, and not a question asked between training steps: a signal that arrives while the program
   compiles, evaluates or saves is not missed.
   """
 
   def __init__(self):
-    self._signum = None
+    self.signum = 0  # of the signal that has arrived
     self._previous = {}
 
   def __enter__(self) -> "StopRequest":
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in SIGNALS:
       self._previous[signum] = signal.signal(signum, self._request)
     return self
 
   def __exit__(self, *exception) -> None:
     self._restore_handlers()
 
-  @property
-  def received(self) -> bool:
-    """Whether a signal has arrived."""
-    return self._signum is not None
-
-  def check(self) -> None:
-    """Raises Interrupted if a signal has arrived."""
-    if self.received:
-      raise Interrupted(self._signum)
-
   def _request(self, signum: int, frame) -> None:
     del frame
-    self._signum = signum
+    self.signum = int(signum)
     self._restore_handlers()
     os.write(2, b"\nstopping at the next step\n")  # print is not safe in a signal handler
 

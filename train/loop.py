@@ -1,6 +1,8 @@
 """A whole run, top to bottom."""
 
+import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train import data, metrics, optimizer, workdir
+from train import data, hosts, metrics, optimizer, workdir
+from train.batches import num_batches, train_calls
 from train.checkpoint import Checkpoints
 from train.evaluate import evaluate
-from train.interrupt import StopRequest, TrainingFailed
-from train.mesh import by_example, make_mesh, microbatch_size, state_shardings
+from train.interrupt import Interrupted, StopRequest, TrainingFailed
+from train.mesh import FSDP, make_mesh, microbatch_size, replicated
 from train.state import (
   Sums,
   TrainState,
@@ -24,6 +27,8 @@ from train.state import (
   make_model,
 )
 from train.step import compile_in_background, make_eval_step, make_train_step
+
+_SAVE = 1  # what a process votes for, or the number of a signal: 2 and more
 
 
 def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
@@ -43,40 +48,48 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
   """
   mesh = make_mesh(**config.mesh)
   microbatch = microbatch_size(config, mesh)
-  config.data = data.resolve(config.data)
-  info = data.describe(config.data)
-  workdir.claim(folder, config, info)
+  with hosts.first_goes_first():
+    config.data = data.resolve(config.data)
+    info = data.describe(config.data)
+    workdir.claim(folder, config, info)
   if summary := metrics.read_summary(folder):
     print(f"{folder} holds a finished run; another --workdir starts a new one.")
     return summary
   print(f"Reading {info.name} and compiling {config.model.name} takes a moment.", flush=True)
   model = make_model(config, info.num_classes)
-  plateau = optimizer.make_plateau(config.plateau)
-  best_mode = optimizer.BEST[config.best_metric]
   init = make_init(config, info, mesh)
   abstract = abstract_state(init, info)
-  steps_per_epoch = data.num_batches(info.sizes["train"], config.batch_size)
+  finish_epoch = _make_finish_epoch(config, mesh)
+  steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
+  agree = hosts.Agreement(mesh)
 
-  with StopRequest() as stop, Checkpoints(folder) as checkpoints:
+  with contextlib.ExitStack() as stack:
+    stop, checkpoints = stack.enter_context(StopRequest()), stack.enter_context(Checkpoints(folder))
     step = make_train_step(config, info.num_classes, microbatch, mesh)
     compiling = compile_in_background(step, init, config, info, mesh)
     dataset = data.load(config.data, config.model.image_size)
     compiled, _ = compiling.result()
-    stop.check()
+    if stop.signum and jax.process_count() == 1:
+      raise Interrupted(stop.signum)
 
     state = checkpoints.restore_last(abstract)
     if state is None:
-      state = init(*channel_statistics(dataset.train.images))
+      state = init(*channel_statistics(dataset.train))
     else:
       print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
-    calls = functools.partial(data.train_calls, dataset.train, config, by_example(mesh, axis=1))
+    steps = range(int(state.step), config.epochs * steps_per_epoch)
+    calls = stack.enter_context(
+      contextlib.closing(train_calls(dataset.train, config, mesh, steps))  # ends its workers
+    )
     eval_step = make_eval_step(model, microbatch, mesh)
-    _print_header(config, info, state, mesh, microbatch, compiled)
+    _print_header(config, info, dataset, state, mesh, microbatch, compiled)
 
     def between_calls(state: TrainState) -> None:
-      if stop.received or checkpoints.seconds_since_last > config.checkpoint_seconds:
+      late = checkpoints.seconds_since_last > config.checkpoint_seconds
+      if decision := agree(stop.signum or (_SAVE if late else 0)):
         checkpoints.save_last(state)
-      stop.check()
+      if decision > _SAVE:
+        raise Interrupted(decision)
 
     progress = metrics.Progress(config.epochs * steps_per_epoch, int(state.step), config.batch_size)
     writer = metrics.Writer(folder, int(state.epoch), f"{config.model.name} on {info.name}")
@@ -85,11 +98,13 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
         epoch = int(state.epoch) + 1
         progress.description = f"epoch {epoch}/{config.epochs}"
         began = time.perf_counter()
-        start = int(state.step) - (epoch - 1) * steps_per_epoch
-        state = _train_epoch(state, step, calls(epoch, start), progress, between_calls)
+        left = epoch * steps_per_epoch - int(state.step)
+        epoch_calls = itertools.islice(calls, -(-left // config.steps_per_call))
+        state = _train_epoch(state, step, epoch_calls, progress, between_calls)
         train = state.sums.means()
         train_seconds = time.perf_counter() - began
-        seen = max(0, len(dataset.train) - start * config.batch_size)  # since this process began
+        before = (steps_per_epoch - left) * config.batch_size  # images that a run before this saw
+        seen = max(0, len(dataset.train) - before)
 
         val = evaluate(
           eval_step,
@@ -112,13 +127,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
         writer.epoch(row)
         progress.write(metrics.format_epoch(row, config.epochs))
 
-        state = state.replace(
-          epoch=state.epoch + 1,
-          sums=Sums.zero(),
-          plateau=optimizer.end_of_epoch(plateau, state.plateau, val["loss"]),
-          best=optimizer.update_best(state.best, row[config.best_metric], epoch, best_mode),
-        )
-        state = jax.device_put(state, state_shardings(state, mesh))
+        state = finish_epoch(state, val["loss"], row[config.best_metric])
         if int(state.best.epoch) == epoch:
           checkpoints.save_best(state)
         checkpoints.save_last(state)
@@ -127,7 +136,12 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
       progress.write(f"Testing the weights of epoch {best_epoch}.")
       best = checkpoints.restore_best(abstract.weights(), best_epoch)
       test = evaluate(
-        eval_step, best, dataset.test, config.batch_size, mesh, after_batch=stop.check
+        eval_step,
+        best,
+        dataset.test,
+        config.batch_size,
+        mesh,
+        after_batch=functools.partial(between_calls, state),
       )
       summary = {
         **{f"test_{name}": value for name, value in test.items()},
@@ -139,6 +153,26 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
       }
       writer.summary(summary)
   return summary
+
+
+def _make_finish_epoch(config: ConfigDict, mesh: Mesh) -> Callable:
+  """(state, validation loss, the metric to choose by) -> the state that begins the next epoch."""
+  plateau = optimizer.make_plateau(config.plateau)
+  mode = optimizer.BEST[config.best_metric]
+
+  @functools.partial(jax.jit, out_shardings=replicated(mesh))
+  def fields(epoch, plateau_state, best, val_loss, value):
+    return {
+      "epoch": epoch + 1,
+      "sums": Sums.zero(),
+      "plateau": optimizer.end_of_epoch(plateau, plateau_state, val_loss),
+      "best": optimizer.update_best(best, value, epoch + 1, mode),
+    }
+
+  def finish_epoch(state: TrainState, val_loss: float, value: float) -> TrainState:
+    return state.replace(**fields(state.epoch, state.plateau, state.best, val_loss, value))
+
+  return finish_epoch
 
 
 def _train_epoch(
@@ -179,6 +213,7 @@ def _finished(state: TrainState, config: ConfigDict) -> bool:
 def _print_header(
   config: ConfigDict,
   info: data.DatasetInfo,
+  dataset: data.Dataset,
   state: TrainState,
   mesh: Mesh,
   microbatch: int,
@@ -194,11 +229,16 @@ def _print_header(
   )
   share = config.batch_size // mesh.size
   sizes = ", ".join(f"{size:,} {split}" for split, size in info.sizes.items())
+  train = dataset.train
+  streamed = isinstance(train, data.StreamedSplit)
+  place = f"streamed (worker processes: {train.workers})" if streamed else "in memory"
+  hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  cut = f", parameters cut over {mesh.shape[FSDP]}" if mesh.shape[FSDP] > 1 else ""
   print(
     f"model    {config.model.name}, {_count(state.params):,} parameters, {config.dtype}\n"
-    f"data     {info.name}, {info.num_classes} classes\n"
+    f"data     {info.name}, {info.num_classes} classes, {place}\n"
     f"images   {sizes}\n"
-    f"devices  {mesh.size} x {device.device_kind}\n"
+    f"devices  {mesh.size} x {device.device_kind}{hosts}{cut}\n"
     f"batch    {config.batch_size} images, {share} on each device, {microbatch} at a time\n"
     f"memory   {needed / 2**20:,.0f} MiB on each device for a training step",
     flush=True,

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
-from train import check, flags, mesh
+from train import check, flags, hosts, mesh
 from train.data import DataError
 from train.interrupt import Interrupted, TrainingFailed
 from train.workdir import WorkdirError
@@ -21,20 +22,32 @@ _OUT_OF_MEMORY = """out of memory. Three knobs help:
 
 
 def main() -> None:
-  """Exit status: 0 finished, 1 failed, 2 wrong flags, 130 or 143 interrupted (Ctrl-C, SIGTERM)."""
+  """Exit status: 0 finished, 1 failed, 2 wrong flags; saved and stopped by SIGINT (Ctrl-C) 130, by
+  SIGUSR1 138, by SIGTERM 143."""
   parser = argparse.ArgumentParser(prog="python -m train.main", allow_abbrev=False)
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
   parser.add_argument(
     "--workdir", type=Path, help="where results land; runs/MODEL-TIME if not given"
   )
+  hosts.add_flags(parser)
   arguments, config = flags.parse(parser)
   flags.quiet_libraries()
   try:
     check.check_config(config)
-    mesh.start_jax(config)
+  except check.ConfigError as error:
+    flags.fail(error, 2)
+  mesh.start_jax(config)
+  with hosts.joined(arguments):
+    _run(config, arguments.workdir)
+
+
+def _run(config: ConfigDict, folder: Path | None) -> None:
+  try:
     from train import loop, metrics  # late: what they import costs seconds, a wrong flag none
 
-    folder = arguments.workdir or Path(f"runs/{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder is None:
+      began = time.strftime("%Y%m%d-%H%M%S", time.localtime(hosts.time_of_first()))
+      folder = Path(f"runs/{config.model.name}-{began}")
     summary = loop.train_and_evaluate(config, folder)
   except Interrupted as interruption:
     again = f"the same command with --workdir {folder} goes on from there"
@@ -48,9 +61,11 @@ def main() -> None:
   except OSError as error:  # a full disk, a folder that may not be written
     flags.fail(f"{error.filename or folder}: {error.strerror or error}", 1)
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if "RESOURCE_EXHAUSTED" in str(error):
+      flags.fail(_OUT_OF_MEMORY, 1)
+    if jax.process_count() == 1:
       raise
-    flags.fail(_OUT_OF_MEMORY, 1)
+    flags.fail(f"another process of this run has ended, or broken off: {error}", 1)
   print(metrics.format_summary(summary, folder))
 
 

@@ -114,6 +114,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
   return jax.make_mesh(sizes, BATCH, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of arrays of which each device holds a copy."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
 def sharded_axis(shape: Sequence[int], mesh: Mesh) -> int | None:
   """The axis of a parameter that is cut over "fsdp": the largest that divides; None: none is.
 

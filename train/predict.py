@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
-from train import augment, data, flags, mesh
+from train import augment, batches, data, flags, mesh
 from train.checkpoint import TrainedModel, load_trained_model
 from train.workdir import WorkdirError
 
@@ -42,8 +42,9 @@ def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
     return jax.nn.softmax(model.apply({"params": weights.params}, x))
 
   labels = np.zeros(len(images), np.int32)  # unknown, and not looked at
-  batches = data.batches(data.Split(images, labels), min(len(images), trained.config.batch_size))
-  answers = [probabilities(weights, b["image"])[b["mask"]] for b in batches]
+  size = min(len(images), trained.config.batch_size)
+  rows = batches.batches(data.Split(images, labels), size)
+  answers = [probabilities(weights, batch["image"])[batch["mask"]] for batch in rows]
   return np.concatenate(answers)
 
 

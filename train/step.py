@@ -19,7 +19,8 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from train import augment
-from train.data import DatasetInfo, num_batches
+from train.batches import num_batches
+from train.data import DatasetInfo
 from train.mesh import (
   BATCH,
   DATA,

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from configs import default
@@ -18,6 +19,8 @@ _FREE_TO_DIFFER = (
   "data.archive",
   "data.data_dir",
   "data.fallback",
+  "data.in_memory_bytes",
+  "data.workers",
   "mesh.data",
   "mesh.fsdp",
   "microbatch",
@@ -46,13 +49,17 @@ def claim(workdir: Path, config: ConfigDict, info: DatasetInfo) -> None:
   try:
     if any((workdir / "checkpoints" / "last").glob("[0-9]*")):
       differences = []
+      there = {"config.json": json.loads(read_config(workdir).to_json())}
+      there["dataset.json"] = _read(workdir / "dataset.json")
       for name, content in run.items():
-        differences += _differences(_flat(_read(workdir / name)), _flat(content))
+        differences += _differences(_flat(there[name]), _flat(content))
       if differences:
         raise WorkdirError(
           f"{workdir} holds a run with another config: choose another --workdir, or undo\n"
           + "\n".join(f"  {line}" for line in differences)
         )
+      return
+    if jax.process_index():  # the first one writes
       return
     workdir.mkdir(parents=True, exist_ok=True)
     if any(workdir.iterdir()) and not (workdir / "config.json").exists():

@@ -1,0 +1,97 @@
+"""Batches: every image once, in an order that only seed and number decide, from memory or disk."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import default
+from train import data
+from train.batches import batches, num_batches, prefetch, train_calls
+from train.mesh import make_mesh
+
+
+def numbered(n):
+  """A split whose image i is filled with i and whose label is i."""
+  labels = np.arange(n, dtype=np.int32)
+  return data.Split(np.tile(labels.astype(np.uint8)[:, None, None, None], (1, 2, 2, 3)), labels)
+
+
+def kept(batches):
+  """Labels of the rows that count, in order."""
+  return np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 100, 128])
+def test_every_image_comes_exactly_once(batch_size, seed):
+  cut = list(batches(numbered(100), batch_size, seed=seed))
+  assert len(cut) == num_batches(100, batch_size)
+  assert sorted(kept(cut)) == list(range(100))
+  for batch in cut:
+    assert batch["image"].shape == (batch_size, 2, 2, 3) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (batch_size,) and batch["label"].dtype == np.int32
+    assert batch["mask"].shape == (batch_size,) and batch["mask"].dtype == bool
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+
+
+def test_without_a_seed_the_order_is_that_on_disk():
+  np.testing.assert_array_equal(kept(batches(numbered(100), 7)), np.arange(100))
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+  def order(seed, epoch):
+    numbers = range(13 * epoch, 13 * epoch + 13)
+    return kept(batches(numbered(100), 8, seed=seed, numbers=numbers)).tolist()
+
+  assert order(3, 4)[:8] == [2, 19, 57, 33, 60, 63, 75, 83]
+  assert order(3, 4) == order(3, 4)
+  assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_batches_go_on_with_the_one_that_was_next():
+  whole = list(batches(numbered(100), 8, seed=1, numbers=range(40)))
+  rest = list(batches(numbered(100), 8, seed=1, numbers=range(15, 40)))
+  jax.tree.map(np.testing.assert_array_equal, rest, whole[15:])
+  for epoch in range(3):
+    assert sorted(kept(whole[13 * epoch : 13 * epoch + 13])) == list(range(100))
+
+
+def test_processes_share_a_batch_between_them():
+  whole = list(batches(numbered(100), 8, seed=1))
+  shares = [list(batches(numbered(100), 8, seed=1, rows=np.arange(i, i + 4))) for i in (0, 4)]
+  for batch, first, second in zip(whole, *shares, strict=True):
+    together = jax.tree.map(lambda *x: np.concatenate(x), first, second)
+    jax.tree.map(np.testing.assert_array_equal, together, batch)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3, 20])
+def test_no_call_reaches_over_the_end_of_an_epoch(steps_per_call):
+  config = default.get_config()
+  config.batch_size, config.seed, config.steps_per_call = 8, 1, steps_per_call
+  calls = train_calls(numbered(100), config, make_mesh(), range(5, 30))  # 13 an epoch
+  sizes = {
+    1: [1] * 25,
+    3: [3, 3, 2, 3, 3, 3, 3, 1, 3, 1],
+    20: [8, 13, 4],
+  }
+  calls = list(jax.device_get(list(calls)))
+  assert [len(call["label"]) for call in calls] == sizes[steps_per_call]
+  expected = kept(batches(numbered(100), 8, seed=1, numbers=range(5, 30)))
+  np.testing.assert_array_equal(np.concatenate([c["label"][c["mask"]] for c in calls]), expected)
+
+
+@pytest.mark.parametrize("size", [0, 2, 50])
+def test_prefetch_keeps_order_and_places_batches_on_the_mesh(size):
+  mesh = make_mesh()
+  sharding = jax.NamedSharding(mesh, jax.P("data"))
+  batch_size = 2 * jax.device_count()
+  placed = list(prefetch(batches(numbered(100), batch_size), sharding, size))
+  np.testing.assert_array_equal(kept(jax.device_get(placed)), np.arange(100))
+  assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(placed))
+
+
+def test_prefetch_reads_no_further_ahead_than_told():
+  taken = []
+  iterator = (taken.append(i) or {"label": np.full(1, i)} for i in range(10))
+  next(prefetch(iterator, jax.sharding.SingleDeviceSharding(jax.devices()[0]), size=2))
+  assert taken == [0, 1, 2]

@@ -1,0 +1,84 @@
+"""Several real processes train like one, end together, and go on on other devices."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_loop import COMMAND, numbers, saved_step, start
+
+from train import metrics
+
+STEPS = 40  # an epoch
+
+
+def on_processes(processes: int, devices: int) -> list[str]:
+  """The command of test_loop on several processes."""
+  launcher = [sys.executable, "-m", "launch.local", "--processes", str(processes)]
+  return [*launcher, "--devices-per-process", str(devices), "--", *COMMAND[3:]]
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+  """Until a checkpoint of a later step is there."""
+  deadline = time.monotonic() + 120
+  while saved_step(folder) <= step:
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline
+    time.sleep(0.005)
+
+
+def process_of(launcher: subprocess.Popen, index: int) -> int:
+  """The process id of the launcher's child with this index."""
+  children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+  for child in children:
+    command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+    if str(index) == command[command.index("--process_id") + 1]:
+      return int(child)
+  raise LookupError(index)
+
+
+def assert_same_curves(folder: Path, expected: Path) -> None:
+  assert [row["step"] for row in numbers(folder)] == [row["step"] for row in numbers(expected)]
+  for row, like in zip(numbers(folder), numbers(expected), strict=True):
+    for key in ("train_loss", "val_loss"):
+      np.testing.assert_allclose(row[key], like[key], rtol=1e-4)
+    for key in ("train_top5", "val_top5"):
+      np.testing.assert_allclose(row[key], like[key], atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def on_one_process(tmp_path_factory) -> Path:
+  """The workdir of a run that one process with four devices has finished undisturbed."""
+  folder = tmp_path_factory.mktemp("runs") / "one"
+  process = start(folder, devices=4)
+  output = process.communicate(timeout=200)
+  assert process.returncode == 0, output
+  return folder
+
+
+def test_two_processes_are_killed_restarted_and_equal_one(on_one_process, tmp_path):
+  folder = tmp_path / "run"
+  launcher = start(folder, command=on_processes(2, 2))
+  wait_for_step(launcher, folder, STEPS + 3)
+  os.kill(process_of(launcher, 1), signal.SIGKILL)
+  killed_at = time.monotonic()
+  output, error = launcher.communicate(timeout=60)
+  assert time.monotonic() - killed_at < 30
+  assert launcher.returncode == 128 + signal.SIGKILL
+  assert "process 1 failed with exit status -9" in error
+  assert metrics.read_summary(folder) is None
+
+  stopped_at = saved_step(folder)
+  launcher = start(folder, command=on_processes(2, 2))
+  output, error = launcher.communicate(timeout=200)
+  assert launcher.returncode == 0, error
+  assert f"step {stopped_at}." in output
+  assert "4 x cpu, 2 processes" in output
+  assert output.count("parameters, float32") == 1  # only the first one prints
+  assert_same_curves(folder, on_one_process)
+  (test, expected) = metrics.read_summary(folder), metrics.read_summary(on_one_process)
+  np.testing.assert_allclose(test["test_loss"], expected["test_loss"], rtol=1e-4)

@@ -1,0 +1,143 @@
+"""Image folders: PATH/{train,test}/CLASS/*.png|jpg, read as TFDS's sets are."""
+
+import concurrent.futures
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from train.data import DataError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+_LISTED = 20  # broken images that a message names
+
+
+class Records:
+  """Encoded images and their labels, by index."""
+
+  def __init__(self, paths: Sequence[str], labels: Sequence[int]):
+    self._paths, self._labels = paths, labels
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+  def read(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
+    """Files as they are on disk, and labels."""
+    return [(Path(self._paths[row]).read_bytes(), self._labels[row]) for row in rows]
+
+  def file(self, row: int) -> str:
+    """The file that holds a record."""
+    return self._paths[row]
+
+
+class Folder:
+  """A dataset of images in folders; PATH's subfolders are its splits.
+
+  Within a split the order is that of a hash of CLASS/FILE: classes are mixed, so that the last
+  tenth of a split is a fair sample of it, and an image that is added moves no other.
+  """
+
+  image_shape = (None, None, 3)
+
+  def __init__(self, path: Path, skip_broken: bool = False):
+    """
+    Args:
+      path: of the folder.
+      skip_broken: leave out images that can't be decoded, and say so on stderr.
+    Raises:
+      DataError: the folder is none, holds no images, or broken ones.
+    """
+    if not path.is_dir():
+      raise DataError(f"--config.data.name=folder:{path}: {path} is no folder.")
+    files = {
+      split.name: {
+        class_folder.name: [f for f in class_folder.iterdir() if f.suffix.lower() in _SUFFIXES]
+        for class_folder in _folders(split)
+      }
+      for split in _folders(path)
+    }
+    files = {split: classes for split, classes in files.items() if any(classes.values())}
+    if "train" not in files:
+      raise DataError(f"{path}/train holds no images: they belong in train/CLASS/*.png or *.jpg.")
+    self.class_names = tuple(sorted(files["train"]))
+    for split, classes in files.items():
+      if unknown := sorted(classes.keys() - files["train"].keys()):
+        raise DataError(f"{path / split / unknown[0]} is a class that {path}/train lacks.")
+    broken = _broken([f for classes in files.values() for fs in classes.values() for f in fs])
+    if broken:
+      _report(path, broken, skip_broken)
+    self._splits = {
+      split: sorted(
+        (_hash(f), str(f), self.class_names.index(name))
+        for name, fs in classes.items()
+        for f in fs
+        if f not in broken
+      )
+      for split, classes in files.items()
+    }
+    self.sizes = {split: len(rows) for split, rows in self._splits.items()}
+
+  def records(self, instruction: str) -> Records:
+    """Those of a split, or of a part of it.
+
+    Args:
+      instruction: in TFDS's notation, such as "train[:90%]".
+    Raises:
+      KeyError, ValueError, AssertionError: there is no such split.
+    """
+    import tensorflow_datasets as tfds  # late: half a second
+
+    infos = {
+      name: tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
+      for name, size in self.sizes.items()
+    }
+    rows = []
+    for part in tfds.core.ReadInstruction.from_spec(instruction).to_absolute(infos):
+      rows += self._splits[part.splitname][part.from_ : part.to]
+    return Records([path for _, path, _ in rows], [label for _, _, label in rows])
+
+
+@functools.lru_cache(maxsize=1)
+def open_folder(path: Path, skip_broken: bool) -> Folder:
+  """The dataset of a folder, whose images are looked at once."""
+  return Folder(path, skip_broken)
+
+
+def _folders(path: Path) -> list[Path]:
+  return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _hash(file: Path) -> str:
+  return hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).hexdigest()
+
+
+def _broken(files: Sequence[Path]) -> dict[Path, str]:
+  """The files that are no whole images, and why: Pillow refuses what OpenCV fills up with grey."""
+
+  def look(file: Path) -> str:
+    try:
+      with Image.open(file) as image:
+        image.load()
+      return ""
+    except Exception as error:  # Pillow's decoders raise what they like
+      return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:  # decoders need no lock
+    reasons = zip(files, threads.map(look, files), strict=True)
+    return {file: reason for file, reason in reasons if reason}
+
+
+def _report(path: Path, broken: dict[Path, str], skipped: bool) -> None:
+  lines = [f"  {file}: {reason}" for file, reason in sorted(broken.items())[:_LISTED]]
+  if len(broken) > _LISTED:
+    lines.append(f"  and {len(broken) - _LISTED:,} more")
+  if not skipped:
+    raise DataError(
+      f"{len(broken):,} images in {path} are broken; --config.data.skip_broken=True leaves them "
+      "out:\n" + "\n".join(lines)
+    )
+  print(f"{len(broken):,} broken images are left out:", *lines, sep="\n", file=sys.stderr)

@@ -1,0 +1,169 @@
+"""Several processes that train one model: how they meet, and what they decide together.
+
+Each host of a TPU slice runs one process, a cluster of GPUs one a GPU. All make the same calls in
+the same order; what a single one would decide for itself (a signal, a clock) is put to the vote.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from train import flags
+from train.mesh import by_example
+
+_SECONDS_TO_MEET = 300  # that the first process waits for the last one to start
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say which process of which run this is, for where nothing else says it."""
+  group = parser.add_argument_group(
+    "several hosts", "found out on TPU VMs, SLURM, Kubernetes and Open MPI; all three elsewhere"
+  )
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+  group.add_argument("--process_id", type=int, metavar="N", help="of this process, from 0")
+  group.add_argument("--processes", type=int, metavar="N", help="in all; 1: look for no others")
+
+
+@contextlib.contextmanager
+def joined(arguments: argparse.Namespace) -> Iterator[None]:
+  """Within this context the process is one of its run's; only the first one prints to stdout.
+
+  A process that fails leaves at once: the others could wait for it for ever, and it for them.
+
+  Args:
+    arguments: parsed flags of `add_flags`.
+  """
+  try:
+    _connect(arguments.coordinator, arguments.process_id, arguments.processes)
+  except (ValueError, RuntimeError) as error:
+    flags.fail(f"the processes of this run did not meet: {str(error).splitlines()[0]}", 1)
+  if not jax.distributed.is_initialized():
+    yield
+    return
+  try:
+    _keep_stdout_for_the_first()
+    yield
+  except SystemExit as end:
+    if end.code in (1, 2):
+      _leave(end.code)
+    raise
+  except Exception:
+    traceback.print_exc()
+    _leave(1)
+
+
+def _connect(coordinator: str | None, process_id: int | None, processes: int | None) -> None:
+  """Joins the other processes, before anything starts JAX's backend; there may be none."""
+  given = [coordinator, process_id, processes]
+  if processes == 1 and given[:2] == [None, None]:
+    return
+  # JAX would take SIGTERM for itself.
+  jax.config.update("jax_enable_preemption_service", False)
+  if given == [None] * 3:
+    try:
+      with _time_limit("--coordinator and its two flags help where a cluster is not found out"):
+        jax.distributed.initialize(initialization_timeout=2 * _SECONDS_TO_MEET)
+    except ValueError as error:
+      if "coordinator_address" not in str(error):  # which JAX misses where there is no cluster
+        raise
+    return
+  if None in given:
+    flags.fail("--coordinator, --process_id and --processes go together: give all three", 2)
+  if ":" not in coordinator or not 0 <= process_id < processes:
+    flags.fail(
+      f"--coordinator {coordinator} --process_id {process_id} --processes {processes}: "
+      "HOST:PORT is needed, and a process_id from 0 to processes - 1",
+      2,
+    )
+  with _time_limit(f"--coordinator {coordinator}, --process_id {process_id} of {processes}"):
+    jax.distributed.initialize(
+      coordinator,
+      processes,
+      process_id,
+      cluster_detection_method="deactivate",
+      initialization_timeout=2 * _SECONDS_TO_MEET,
+    )
+
+
+@contextlib.contextmanager
+def _time_limit(who: str) -> Iterator[None]:
+  """Ends the process with one line if the others do not come, where JAX would abort."""
+
+  def give_up() -> None:
+    print(
+      f"error: after {_SECONDS_TO_MEET} s not all processes of this run have met ({who}): "
+      "look which of them has not started, or does not reach the coordinator",
+      file=sys.stderr,
+    )
+    _leave(1)
+
+  timer = threading.Timer(_SECONDS_TO_MEET, give_up)
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def _keep_stdout_for_the_first() -> None:
+  """Leaves stdout to what the first process prints in Python: Gloo announces each connection."""
+  descriptor = os.dup(1)
+  with open(os.devnull, "w") as nowhere:
+    os.dup2(nowhere.fileno(), 1)
+    if jax.process_index():
+      os.dup2(nowhere.fileno(), descriptor)
+  sys.stdout = os.fdopen(descriptor, "w", buffering=1)
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+  """The first process goes through this block before the others: what it writes, they find."""
+  if jax.process_index():
+    multihost_utils.sync_global_devices("after the first")
+  yield
+  if not jax.process_index():
+    multihost_utils.sync_global_devices("after the first")
+
+
+def time_of_first() -> int:
+  """Seconds since 1970, by the clock of the first process."""
+  return int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))
+
+
+def _leave(status: int) -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)  # without JAX's own end, in which each process waits for all
+
+
+class Agreement:
+  """What the processes of a run decide together after each call of the step: the largest vote.
+
+  The answer is that of the call before, so that no device waits for a host: all processes get it at
+  the same call. A process alone gets its own vote at once.
+  """
+
+  def __init__(self, mesh: Mesh):
+    self._votes = by_example(mesh)
+    self._largest = jax.jit(jnp.max)
+    self._before = 0
+
+  def __call__(self, vote: int) -> int:
+    """Casts a vote (from 0, an int32) and returns what was decided; a call for all processes."""
+    if jax.process_count() == 1:
+      return vote
+    votes = np.full(jax.local_device_count(), vote, np.int32)
+    before = self._before
+    self._before = self._largest(jax.make_array_from_process_local_data(self._votes, votes))
+    return int(before)
