@@ -1,12 +1,22 @@
 """Batches: every image once, in an order that only seed and number decide, from memory or disk."""
 
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
 import jax
 import numpy as np
+import psutil
 import pytest
+from conftest import TESTS, cifar100_dir
 
 from configs import default
 from train import data
 from train.batches import batches, num_batches, prefetch, train_calls
+from train.datasets.folder import Records
 from train.mesh import make_mesh
 
 
@@ -95,3 +105,62 @@ def test_prefetch_reads_no_further_ahead_than_told():
   iterator = (taken.append(i) or {"label": np.full(1, i)} for i in range(10))
   next(prefetch(iterator, jax.sharding.SingleDeviceSharding(jax.devices()[0]), size=2))
   assert taken == [0, 1, 2]
+
+
+# Streamed -----------------------------------------------------------------------------------------
+
+
+def splits(**overrides) -> data.Dataset:
+  config = default.get_config().data
+  config.data_dir = str(cifar100_dir())
+  config.train_split, config.test_split = "train[:600]", "test[:150]"
+  config.update(overrides)
+  return data.load(config, image_size=64, splits=("train", "test"))
+
+
+@pytest.mark.parametrize("in_processes", [False, True])
+def test_streamed_batches_are_those_in_memory(in_processes):
+  in_memory, streamed = splits(), splits(in_memory_bytes=0, workers=2)
+  for name, seed, numbers in (("train", 3, range(7, 23)), ("test", None, None)):
+    expected = batches(getattr(in_memory, name), 64, seed=seed, numbers=numbers)
+    split = getattr(streamed, name)
+    got = batches(split, 64, seed=seed, numbers=numbers, in_processes=in_processes)
+    for batch, like in zip(got, expected, strict=True):
+      jax.tree.map(np.testing.assert_array_equal, batch, like)
+
+
+def test_an_image_that_cannot_be_read_by_a_worker_is_named(tmp_path):
+  records = Records([str(tmp_path / "cat" / "1.png")], [0])
+  split = data.StreamedSplit(records, (8, 8, 3), workers=1)
+  with pytest.raises(data.DataError, match=r"cat/1.png can't be read: .*No such file"):
+    list(batches(split, 4, in_processes=True))
+
+
+def test_workers_end_with_their_process(tmp_path):
+  code = """
+import os, signal, time
+import psutil
+from test_batches import batches, splits
+split = splits(in_memory_bytes=0, workers=2).train
+iterator = batches(split, 8, seed=0, numbers=range(1000), in_processes=True)
+next(iterator)
+workers = psutil.Process().children(recursive=True)
+print(*(worker.pid for worker in workers if "spawn_main" in " ".join(worker.cmdline())), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+  script = tmp_path / "read.py"
+  script.write_text(f"if __name__ == '__main__':\n{textwrap.indent(code, '  ')}")
+  paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+  process = subprocess.run(
+    [sys.executable, script],
+    env=os.environ | {"PYTHONPATH": paths},
+    stdout=subprocess.PIPE,
+    text=True,
+    timeout=60,
+  )
+  workers = [int(pid) for pid in process.stdout.split()]
+  assert process.returncode == -signal.SIGKILL and len(workers) == 2
+  deadline = time.monotonic() + 10
+  while any(psutil.pid_exists(pid) for pid in workers):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)

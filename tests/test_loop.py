@@ -134,11 +134,11 @@ def start(
   )
 
 
-def saved_step(folder: Path) -> int:
+def saved_step(folder: Path, per_epoch: int = 40) -> int:
   """The step of the last complete checkpoint; 0 without one."""
   names = [p.name for p in folder.glob("checkpoints/last/*") if p.name.isdigit()]
-  label = max(map(int, names), default=0)  # epochs finished + steps done, 40 an epoch
-  return label - label // 41
+  label = max(map(int, names), default=0)  # epochs finished + steps done
+  return label - label // (per_epoch + 1)
 
 
 def wait_until_in_mid_epoch(process: subprocess.Popen, folder: Path, first_step: int) -> None:

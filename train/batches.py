@@ -75,15 +75,18 @@ def batches(
   seed: int | None = None,
   numbers: range | None = None,
   rows: np.ndarray | None = None,
+  in_processes: bool = False,
 ) -> Iterator[Batch]:
   """Cuts a split in batches, every image exactly once an epoch.
 
   Args:
-    split: what to cut. A streamed one is read and decoded ahead, in processes of Grain.
+    split: what to cut. A streamed one is read and decoded ahead by Grain.
     batch_size: B, rows of each batch, over all devices of all processes.
     seed: shuffles: the order is a function of (seed, epoch) alone. None: the order on disk.
     numbers: of the batches to give, counted over all epochs; None: those of one epoch.
     rows: of each batch, those to give: a process' own; None: all.
+    in_processes: decode a streamed split in processes of their own, which take seconds to start,
+      and not in threads.
   Yields:
     {"image": uint8 [B, H, W, C], "label": int32 [B], "mask": bool [B]}, or the `rows` of it. An
     epoch's last batch is filled up with rows whose mask is False.
@@ -94,25 +97,27 @@ def batches(
     numbers = range(num_batches(len(split), batch_size))
   rows = np.arange(batch_size) if rows is None else rows
   source = _Batches(split, batch_size, seed, numbers, rows)
+  if not source:
+    return
   if isinstance(split, StreamedSplit):
-    yield from _stream(source, split.workers)
+    yield from _stream(source, split.workers, in_processes)
   else:
     yield from map(source.__getitem__, range(len(source)))
 
 
-def _stream(source: _Batches, workers: int) -> Iterator[Batch]:
-  """The batches of a source in order, read ahead by worker processes: each every `workers`th."""
+def _stream(source: _Batches, workers: int, in_processes: bool) -> Iterator[Batch]:
+  """The batches of a source in order, read ahead by workers, each every `workers`th batch."""
   import grain  # late: seconds, and sets that fit the memory need it not
 
   absl.flags.FLAGS.mark_as_parsed()  # Grain reads flags of absl's, which nobody has parsed
-  dataset = (
-    grain.MapDataset.source(source)
-    .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
-    .mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=min(workers, max(1, len(source)))),
-      worker_init_fn=_begin_worker,
-    )
+  threads = 1 if in_processes else workers
+  dataset = grain.MapDataset.source(source).to_iter_dataset(
+    # One batch more than threads, so that none of them waits until a batch is taken.
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
   )
+  if in_processes:
+    options = grain.MultiprocessingOptions(num_workers=min(workers, len(source)))
+    dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
   with contextlib.closing(iter(dataset)) as iterator:
     yield from iterator
 
@@ -142,7 +147,9 @@ def train_calls(
   """
   per_epoch = num_batches(len(split), config.batch_size)
   rows = own_rows(mesh, config.batch_size)
-  iterator = batches(split, config.batch_size, seed=config.seed, numbers=steps, rows=rows)
+  iterator = batches(
+    split, config.batch_size, seed=config.seed, numbers=steps, rows=rows, in_processes=True
+  )
 
   def sizes() -> Iterator[int]:
     step = steps.start
