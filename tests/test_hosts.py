@@ -17,9 +17,10 @@ STEPS = 40  # an epoch
 
 
 def on_processes(processes: int, devices: int) -> list[str]:
-  """The command of test_loop on several processes."""
+  """The command of test_loop on several processes, which take longer for a checkpoint."""
   launcher = [sys.executable, "-m", "launch.local", "--processes", str(processes)]
-  return [*launcher, "--devices-per-process", str(devices), "--", *COMMAND[3:]]
+  launcher += ["--devices-per-process", str(devices), "--"]
+  return [*launcher, *COMMAND[3:], "--config.checkpoint_seconds=0.3"]
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
@@ -82,3 +83,39 @@ def test_two_processes_are_killed_restarted_and_equal_one(on_one_process, tmp_pa
   assert_same_curves(folder, on_one_process)
   (test, expected) = metrics.read_summary(folder), metrics.read_summary(on_one_process)
   np.testing.assert_allclose(test["test_loss"], expected["test_loss"], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "flags"),
+  [
+    ("mixer", ["--config.model.width=128"]),  # wide enough for weights that are cut
+    ("vit", ["--config.optimizer.learning_rate=3e-4"]),
+  ],
+)
+def test_run_moves_between_meshes_and_processes(name, flags, tmp_path):
+  def begin(folder: Path, mesh: str, processes: int, devices: int) -> subprocess.Popen:
+    command = on_processes(processes, devices) if processes > 1 else COMMAND
+    command = [part.replace("configs/mixer.py", f"configs/{name}.py") for part in command]
+    data, fsdp = mesh.split("x")
+    axes = [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"]
+    return start(folder, *flags, *axes, devices=devices, command=command)
+
+  expected, folder = tmp_path / "uninterrupted", tmp_path / "moved"
+  process = begin(expected, "8x1", 1, 8)
+  _, error = process.communicate(timeout=200)
+  assert process.returncode == 0, error
+  for stop_after, place in (
+    (5, ("8x1", 1, 8)),
+    (25, ("2x2", 1, 4)),
+    (STEPS + 10, ("1x1", 1, 1)),
+    (2 * STEPS + 5, ("2x4", 2, 4)),
+    (None, ("1x8", 1, 8)),
+  ):
+    process = begin(folder, *place)
+    if stop_after is not None:
+      wait_for_step(process, folder, stop_after)
+      process.terminate()
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == (0 if stop_after is None else 143), error
+  assert_same_curves(folder, expected)
