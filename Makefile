@@ -25,6 +25,7 @@ test-keras: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck .ci/run launch/*.sh launch/*.sbatch
 
 setup: .venv/installed
 

@@ -1,0 +1,177 @@
+"""What launch/'s scripts call, played for test_launch_scripts.py: gcloud, srun, scontrol, sbatch.
+
+Started as `launch_stand_ins.py NAME ARGUMENT ...`, with a folder in STAND_IN. Each call is noted in
+its calls.jsonl, and then plays its part of the folder's scenario.json.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+FOLDER = pathlib.Path(os.environ["STAND_IN"])
+SCENARIO = FOLDER / "scenario.json"
+WORKERS = [FOLDER / "worker0", FOLDER / "worker1"]  # their home folders
+
+
+def note(file: str, what) -> None:
+  with (FOLDER / file).open("a") as lines:
+    lines.write(json.dumps(what) + "\n")
+
+
+def gcloud(scenario: dict, arguments: list[str]) -> int:
+  """A slice of two workers, whose commands are run here for real.
+
+  The scenario's `lives` say of each time that the slice is created:
+    states: what `describe` answers, one after the other; the last one stays.
+    questions: how often the workers tell their status before `end`, which is a new state, or
+      "offline" (this machine loses its network for ten calls). ssh is dead from then on.
+  """
+  verb = arguments[3]
+  life = scenario["lives"][scenario["life"]] if scenario["exists"] else None
+  if scenario.get("offline"):
+    scenario["offline"] -= 1
+    return _failed("the network is unreachable", 255 if verb == "ssh" else 1)
+  if verb == "create":
+    scenario["life"] += 1
+    scenario["exists"] = True
+    for worker in WORKERS:
+      worker.mkdir()
+  elif life is None:
+    return _failed("NOT_FOUND: Resource 'projects/p/...' was not found")
+  elif verb == "delete":
+    scenario["exists"] = False
+    _take_workers_away()
+  elif verb == "describe":
+    life["state"] = life["states"].pop(0) if len(life["states"]) > 1 else life["states"][0]
+    print(life["state"])
+  elif life["state"] != "ACTIVE" or life.get("dead"):
+    return _failed("ssh: connect to host: Connection timed out", 255)
+  elif verb == "scp":
+    for worker in WORKERS:
+      shutil.copy(arguments[4], worker / arguments[5].split(":")[1])
+  elif verb == "ssh":
+    return _ssh(scenario, life, arguments)
+  return 0
+
+
+def _ssh(scenario: dict, life: dict, arguments: list[str]) -> int:
+  [command] = [a.removeprefix("--command=") for a in arguments if a.startswith("--command=")]
+  if " status;" in command and "questions" in life:
+    life["questions"] -= 1
+    if life["questions"] < 0:
+      if life["end"] == "offline":
+        scenario["offline"] = 10
+        del life["questions"]
+      else:
+        life["states"], life["dead"] = [life["end"]], True
+        _take_workers_away()
+      return _failed("client_loop: send disconnect: Broken pipe", 255)
+  workers = [
+    subprocess.Popen(["bash", "-c", command], cwd=w, env={**os.environ, "HOME": str(w)})
+    for w in WORKERS
+  ]
+  return max(worker.wait() for worker in workers)
+
+
+def _failed(message: str, status: int = 1) -> int:
+  print(f"ERROR: (gcloud) {message}", file=sys.stderr)
+  return status
+
+
+def _take_workers_away() -> None:
+  end_sessions(FOLDER)
+  for worker in WORKERS:
+    shutil.rmtree(worker, ignore_errors=True)
+
+
+def end_sessions(folder: pathlib.Path) -> None:
+  """Kills what was started on the workers, with its supervisor."""
+  sessions = folder / "sessions.jsonl"
+  for session in sessions.read_text().split() if sessions.exists() else []:
+    try:
+      os.killpg(int(session), signal.SIGKILL)
+    except ProcessLookupError:
+      pass
+
+
+def python(scenario: dict, arguments: list[str]) -> int:
+  """The workers' Python: `trainings` say how each start of training ends, worker by worker.
+
+  With an exit status; "term": on SIGTERM, with 143; "1 second": with 1, when another waits for its
+  SIGTERM; "kill": with its supervisor, by SIGKILL.
+  """
+  if arguments[:2] != ["-m", "train.main"]:
+    return 0
+  home = pathlib.Path(os.environ["HOME"])
+  if os.getsid(0) == int(os.environ["TEST_SESSION"]):
+    return 99  # not apart from who started it; and the tests kill sessions
+  note("sessions.jsonl", os.getsid(0))
+  note(f"{home.name}.jsonl", arguments[2:])
+  starts = len((FOLDER / f"{home.name}.jsonl").read_text().splitlines())
+  end = scenario["trainings"][starts - 1][int(home.name[-1])]
+  if end == "term":
+    _wait_for(signal.SIGTERM)
+    note(f"{home.name}.saved", os.environ.get("FLAVOUR", ""))
+    return 143
+  if end == "1 second":
+    while not (FOLDER / "waiting.jsonl").exists():
+      time.sleep(0.01)
+    return 1
+  if end == "kill":
+    while not (home / "mlp_models_run" / "pid").exists():
+      time.sleep(0.01)
+    os.killpg(os.getsid(0), signal.SIGKILL)
+  return end
+
+
+def _wait_for(signum: int, seconds: float = 120) -> bool:
+  got = []
+  signal.signal(signum, lambda *_: got.append(signum))
+  note("waiting.jsonl", os.getpid())
+  deadline = time.monotonic() + seconds
+  while not got and time.monotonic() < deadline:
+    time.sleep(0.01)
+  return bool(got)
+
+
+def srun(scenario: dict, arguments: list[str]) -> int:
+  """Ends with the exit status `srun`; "usr1": on USR1, with 138; "term": as if told by SLURM."""
+  end = scenario["srun"]
+  signal.signal(signal.SIGTERM, lambda *_: os._exit(137))  # the real one kills its tasks
+  if end == "usr1":
+    _wait_for(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(200))  # a second one: not saved
+    time.sleep(0.3)  # saving
+    return 138
+  if end == "term":
+    return 200 if _wait_for(signal.SIGUSR1, 0.3) else 143
+  return end
+
+
+def scontrol(scenario: dict, arguments: list[str]) -> int:
+  if "show" in arguments:
+    print(f"JobId=7 JobName=mlp_models JobState={scenario['job']} Reason=None Dependency=(null)")
+  return 0
+
+
+def main() -> int:
+  name, *arguments = sys.argv[1:]
+  note("calls.jsonl", [name, *arguments])
+  if name not in ("gcloud", "python", "srun", "scontrol"):
+    return 0
+  scenario = json.loads(SCENARIO.read_text())
+  status = globals()[name](scenario, arguments)
+  if name == "gcloud":
+    # In one go: a training that starts now reads it.
+    SCENARIO.with_suffix(".new").write_text(json.dumps(scenario))
+    SCENARIO.with_suffix(".new").replace(SCENARIO)
+  return status
+
+
+if __name__ == "__main__":
+  sys.exit(main())
