@@ -6,10 +6,10 @@ They are in workdir/checkpoints/last (the whole TrainState, one) and workdir/che
 
 import contextlib
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -27,8 +27,10 @@ class Checkpoints:
     read_only: nothing is made or deleted in it.
   """
 
-  def __init__(self, folder: Path, read_only: bool = False):
-    folder = folder.absolute() / "checkpoints"  # orbax takes absolute paths only
+  def __init__(self, folder: epath.Path, read_only: bool = False):
+    if "://" not in str(folder):
+      folder = folder.absolute()  # orbax takes no other
+    folder = folder / "checkpoints"
     self._saved_at = time.monotonic()
 
     def manager(name: str, keep: int) -> ocp.CheckpointManager:
@@ -91,7 +93,7 @@ class TrainedModel(NamedTuple):
   weights: Weights
 
 
-def load_trained_model(folder: Path, mesh: Mesh) -> TrainedModel:
+def load_trained_model(folder: epath.Path, mesh: Mesh) -> TrainedModel:
   """The model of the run in `folder` with its best weights, on every device of the mesh.
 
   Raises:

@@ -8,10 +8,10 @@ Prints one JSON object: split, images, loss, accuracy and top5, the last two as 
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from train import data, flags
@@ -49,7 +49,7 @@ def evaluate(
 def main() -> None:
   """Exit status: 0 done, 1 no usable run or dataset, 2 wrong flags."""
   parser = argparse.ArgumentParser(prog="python -m train.evaluate", allow_abbrev=False)
-  parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+  parser.add_argument("--workdir", type=epath.Path, required=True, help="of the run")
   parser.add_argument("--split", default="test", choices=data.SPLITS)
   parser.add_argument("--data_dir", help="of the dataset, if it has moved since training")
   arguments = parser.parse_args()

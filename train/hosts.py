@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from train import flags
 from train.mesh import by_example
 
+LOST = 75  # exit status where another process was lost: sysexits' "try again"
 _SECONDS_TO_MEET = 300  # that the first process waits for the last one to start
 
 
@@ -55,7 +56,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     _keep_stdout_for_the_first()
     yield
   except SystemExit as end:
-    if end.code in (1, 2):
+    if end.code in (1, 2, LOST):
       _leave(end.code)
     raise
   except Exception:

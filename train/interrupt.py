@@ -20,10 +20,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-  """Within this context the signals only leave their number; a second one ends the process at once.
+  """Within this context the signals only leave their number; a second Ctrl-C ends the process.
 
   A number, and not a question asked between training steps: a signal that arrives while the program
-  compiles, evaluates or saves is not missed.
+  compiles, evaluates or saves is not missed. Clusters repeat theirs while the process saves.
   """
 
   def __init__(self):
@@ -36,14 +36,14 @@ class StopRequest:
     return self
 
   def __exit__(self, *exception) -> None:
-    self._restore_handlers()
+    for signum, handler in self._previous.items():
+      signal.signal(signum, handler)
 
   def _request(self, signum: int, frame) -> None:
     del frame
+    if signum == signal.SIGINT:
+      signal.signal(signum, self._previous[signum])
+    if self.signum:
+      return
     self.signum = int(signum)
-    self._restore_handlers()
     os.write(2, b"\nstopping at the next step\n")  # print is not safe in a signal handler
-
-  def _restore_handlers(self) -> None:
-    for signum, handler in self._previous.items():
-      signal.signal(signum, handler)

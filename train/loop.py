@@ -5,10 +5,10 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -31,7 +31,7 @@ from train.step import compile_in_background, make_eval_step, make_train_step
 _SAVE = 1  # what a process votes for, or the number of a signal: 2 and more
 
 
-def train_and_evaluate(config: ConfigDict, folder: Path) -> dict:
+def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
   """Trains `config.model`, or goes on where an earlier run in the same folder stopped.
 
   Args:

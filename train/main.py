@@ -5,9 +5,9 @@ python -m train.main --config configs/MODEL.py [--workdir DIR] [--config.KEY=VAL
 
 import argparse
 import time
-from pathlib import Path
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from train import check, flags, hosts, mesh
@@ -22,12 +22,14 @@ _OUT_OF_MEMORY = """out of memory. Three knobs help:
 
 
 def main() -> None:
-  """Exit status: 0 finished, 1 failed, 2 wrong flags; saved and stopped by SIGINT (Ctrl-C) 130, by
-  SIGUSR1 138, by SIGTERM 143."""
+  """Exit status: 0 finished, 1 failed, 2 wrong flags, 75 another process was lost; 130 saved and
+  stopped by SIGINT (Ctrl-C), 138 by SIGUSR1, 143 by SIGTERM."""
   parser = argparse.ArgumentParser(prog="python -m train.main", allow_abbrev=False)
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
   parser.add_argument(
-    "--workdir", type=Path, help="where results land; runs/MODEL-TIME if not given"
+    "--workdir",
+    type=epath.Path,
+    help="where results land, a folder or gs://BUCKET/...; runs/MODEL-TIME if not given",
   )
   hosts.add_flags(parser)
   arguments, config = flags.parse(parser)
@@ -41,13 +43,13 @@ def main() -> None:
     _run(config, arguments.workdir)
 
 
-def _run(config: ConfigDict, folder: Path | None) -> None:
+def _run(config: ConfigDict, folder: epath.Path | None) -> None:
   try:
     from train import loop, metrics  # late: what they import costs seconds, a wrong flag none
 
     if folder is None:
       began = time.strftime("%Y%m%d-%H%M%S", time.localtime(hosts.time_of_first()))
-      folder = Path(f"runs/{config.model.name}-{began}")
+      folder = epath.Path(f"runs/{config.model.name}-{began}")
     summary = loop.train_and_evaluate(config, folder)
   except Interrupted as interruption:
     again = f"the same command with --workdir {folder} goes on from there"
@@ -65,7 +67,7 @@ def _run(config: ConfigDict, folder: Path | None) -> None:
       flags.fail(_OUT_OF_MEMORY, 1)
     if jax.process_count() == 1:
       raise
-    flags.fail(f"another process of this run has ended, or broken off: {error}", 1)
+    flags.fail(f"another process of this run is lost: {error}", hosts.LOST)
   print(metrics.format_summary(summary, folder))
 
 

@@ -6,18 +6,20 @@ Of several processes only the first writes; the others make the same calls, to n
 Epochs count from 1.
 """
 
+import io
 import json
 import math
 import os
-import pathlib
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -68,7 +70,7 @@ class Writer:
       resume_epoch: how many epochs the restored checkpoint has completed; 0 for a new run.
       title: of the curves, such as "mixer on cifar100".
     """
-    self._workdir = pathlib.Path(workdir)
+    self._workdir = epath.Path(workdir)
     self._title = title
     self._active = jax.process_index() == 0
     if not self._active:
@@ -76,10 +78,12 @@ class Writer:
     self._workdir.mkdir(parents=True, exist_ok=True)
     self._metrics = self._workdir / "metrics.jsonl"
     self._rows = [row for row in read(self._workdir) if row["epoch"] <= resume_epoch]
-    write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+    self._write_rows()
     last_step = self._rows[-1]["step"] if self._rows else -1
+    # TensorBoard's writer appends, which buckets do not know: its files are copied there whole.
+    self._scratch = tempfile.TemporaryDirectory()
     self._tensorboard = SummaryWriter(
-      str(self._workdir / "tensorboard"),
+      self._scratch.name,
       purge_step=last_step + 1,  # TensorBoard hides what an interrupted run wrote from there on
       filename_suffix=f".from_epoch_{resume_epoch}",
     )
@@ -93,6 +97,8 @@ class Writer:
     if self._active:
       self._draw()
       self._tensorboard.close()
+      self._copy_tensorboard()
+      self._scratch.cleanup()
 
   def epoch(self, row: Mapping[str, Any]) -> None:
     """Appends one epoch.
@@ -108,11 +114,11 @@ class Writer:
     if not self._active:
       return
     self._rows.append(row)
-    with self._metrics.open("a") as file:
-      file.write(json.dumps(row) + "\n")
+    self._write_rows()
     for key in EPOCH_KEYS[2:]:
       self._add_scalar(key, row[key], row["step"])
     self._tensorboard.flush()
+    self._copy_tensorboard()
     if time.monotonic() - self._drawn_at > _SECONDS_BETWEEN_CURVES:
       self._draw()
 
@@ -132,6 +138,15 @@ class Writer:
     for key in ("test_loss", "test_accuracy", "test_top5"):
       self._add_scalar(key, summary[key], step)
 
+  def _write_rows(self) -> None:
+    write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+
+  def _copy_tensorboard(self) -> None:
+    folder = self._workdir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    for path in epath.Path(self._scratch.name).iterdir():
+      write_atomically(folder / path.name, path.read_bytes())
+
   def _add_scalar(self, key: str, value: float | None, step: int) -> None:
     split, _, name = key.partition("_")
     tag = f"{split}/{name}" if split in ("train", "val", "test") else key
@@ -149,7 +164,7 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
   A last line that was cut off by a kill is left out.
   """
-  path = pathlib.Path(workdir) / "metrics.jsonl"
+  path = epath.Path(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
   # Only a line that ends is whole.
@@ -158,7 +173,7 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 def read_summary(workdir: str | os.PathLike) -> dict[str, Any] | None:
   """What a finished run's summary.json holds; None if the run is not finished."""
-  path = pathlib.Path(workdir) / "summary.json"
+  path = epath.Path(workdir) / "summary.json"
   return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -209,9 +224,9 @@ def draw_curves(rows: list[dict[str, Any]], path: str | os.PathLike, title: str 
     axes.spines[["top", "right"]].set_visible(False)
   figure.suptitle(title, fontweight="bold")
 
-  partial = pathlib.Path(path).with_name(pathlib.Path(path).name + ".partial")
-  figure.savefig(partial, format="png")
-  os.replace(partial, path)
+  png = io.BytesIO()
+  figure.savefig(png, format="png")
+  write_atomically(epath.Path(path), png.getvalue())
 
 
 def format_epoch(row: Mapping[str, Any], epochs: int) -> str:

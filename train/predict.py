@@ -10,10 +10,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from PIL import Image, ImageOps
 
 from train import augment, batches, data, flags, mesh
@@ -65,7 +65,7 @@ def read_image(path: str, shape: Sequence[int]) -> np.ndarray:
 def main() -> None:
   """Exit status: 0 all images answered, 1 some were not, or no usable run, 2 wrong flags."""
   parser = argparse.ArgumentParser(prog="python -m train.predict", allow_abbrev=False)
-  parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+  parser.add_argument("--workdir", type=epath.Path, required=True, help="of the run")
   parser.add_argument("images", nargs="+", metavar="IMAGE", help="any file that Pillow reads")
   parser.add_argument("--json", action="store_true", help="one JSON object an image and line")
   arguments = parser.parse_args()

@@ -1,11 +1,13 @@
-"""What a workdir says of its run: config.json, and dataset.json, which prediction reads."""
+"""What a workdir says of its run: config.json, and dataset.json, which prediction reads.
+
+A workdir is a folder, or anything else that etils.epath knows: gs://BUCKET/..., s3://...
+"""
 
 import dataclasses
 import json
-import os
-from pathlib import Path
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs import default
@@ -33,7 +35,7 @@ class WorkdirError(ValueError):
   """A workdir can't be used. The message is the complete text for the user."""
 
 
-def claim(workdir: Path, config: ConfigDict, info: DatasetInfo) -> None:
+def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo) -> None:
   """Makes `workdir` this run's: writes both files, or finds the same content there.
 
   A run that has saved no checkpoint yet has nothing to lose, and is replaced.
@@ -70,7 +72,7 @@ def claim(workdir: Path, config: ConfigDict, info: DatasetInfo) -> None:
     raise WorkdirError(f"--workdir {workdir} can't be used: {error.strerror}") from None
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: epath.Path) -> ConfigDict:
   """The config of the run in `workdir`; knobs that are newer than the run have their defaults.
 
   Raises:
@@ -81,7 +83,7 @@ def read_config(workdir: Path) -> ConfigDict:
   return config
 
 
-def read_dataset(workdir: Path) -> DatasetInfo:
+def read_dataset(workdir: epath.Path) -> DatasetInfo:
   """The description of the dataset that the run in `workdir` was trained on.
 
   Raises:
@@ -109,7 +111,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
   return flat
 
 
-def _read(path: Path):
+def _read(path: epath.Path):
   try:
     return json.loads(path.read_text())
   except OSError:
@@ -118,8 +120,10 @@ def _read(path: Path):
     raise WorkdirError(f"{path} is damaged: {error}") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-  """Writes a text file as a whole or, if the process is killed, not at all."""
+def write_atomically(path: epath.Path, content: str | bytes) -> None:
+  """Writes a file as a whole or, if the process is killed, not at all."""
   partial = path.with_name(path.name + ".partial")
-  partial.write_text(text)
-  os.replace(partial, path)
+  if isinstance(content, str):
+    content = content.encode()
+  partial.write_bytes(content)
+  partial.replace(path)
