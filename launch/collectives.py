@@ -1,0 +1,109 @@
+"""What the devices of a compiled program send each other, read from XLA's text of it.
+
+for row in collectives.count(compiled.as_text()):
+  print(row.kind, row.group_size, row.count, row.operand_bytes, row.wire_bytes)
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+
+class Collective(NamedTuple):
+  """All operations of one kind among groups of one size; bytes are of one device."""
+
+  kind: str  # as XLA has it: "all-reduce", "all-gather", "reduce-scatter", ...
+  group_size: int  # devices that take part in one operation
+  count: int  # operations; one may send many arrays
+  operand_bytes: int  # of the arrays that the device puts in
+  wire_bytes: float  # that the device sends, on a ring
+
+
+# Bytes that a device of a group of n sends for each byte it puts in. The first three are a ring's:
+# none sends less (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
+# workstations", 2009).
+_SENT = {
+  "all-reduce": lambda n: 2 * (n - 1) / n,
+  "reduce-scatter": lambda n: (n - 1) / n,
+  "all-gather": lambda n: n - 1,  # a device puts in the n-th part of what it gets
+  "all-to-all": lambda n: (n - 1) / n,
+  "ragged-all-to-all": lambda n: (n - 1) / n,
+  "collective-permute": lambda n: 1,
+  "collective-broadcast": lambda n: 1,
+}
+
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?[\w.-]+ \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")  # f32[64,256], f8e4m3fn[8], pred[]
+
+
+def count(hlo: str) -> list[Collective]:
+  """The collectives of a compiled program, by kind and size of group.
+
+  Counted are logical sizes, without a TPU's padding. What lies in a loop counts once: in a train
+  step that is once a step, as gradients are summed after the loop over microbatches. Groups of one
+  device send nothing, and are left out.
+
+  Args:
+    hlo: of a `jax.stages.Compiled`, as `as_text()` gives it.
+  Returns:
+    Rows, sorted by kind and size of group.
+  Raises:
+    ValueError: groups are written in a way that is not known here.
+  """
+  totals = collections.defaultdict(lambda: [0, 0])
+  sizes = {}  # of the computation's arrays, in bytes, by name
+  seen = set()
+  devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo))
+  for line in hlo.splitlines():
+    if _COMPUTATION.match(line):
+      sizes = {}
+    if not (instruction := _INSTRUCTION.match(line)):
+      continue
+    name, shape, opcode, rest = instruction.groups()
+    sizes[name] = _size(shape)
+    kind = opcode.removesuffix("-start")
+    if kind not in _SENT:
+      continue
+    # A TPU splits a collective over several fusions that run meanwhile, and writes it in each.
+    if chain := re.search(r'chain_id="(\d+)"', rest):
+      if (kind, chain[1]) in seen:
+        continue
+      seen.add((kind, chain[1]))
+    operands, _, attributes = rest.partition("), ")
+    operand_bytes = sum(sizes[operand] for operand in re.findall(r"%([\w.-]+)", operands))
+    group_size = _group_size(attributes, devices)
+    if group_size > 1:
+      total = totals[kind, group_size]
+      total[0] += 1
+      total[1] += operand_bytes
+  return [
+    Collective(kind, size, number, operand_bytes, _SENT[kind](size) * operand_bytes)
+    for (kind, size), (number, operand_bytes) in sorted(totals.items())
+  ]
+
+
+def _size(shape: str) -> int:
+  """Bytes of the arrays in a piece of text; a tuple's are added up."""
+  total = 0
+  for dtype, bits, dimensions in _ARRAY.findall(shape):
+    elements = math.prod(int(n.removeprefix("<=")) for n in dimensions.split(",") if n)
+    total += math.ceil(elements * (8 if dtype == "pred" else int(bits)) / 8)
+  return total
+
+
+def _group_size(attributes: str, devices: int) -> int:
+  """Devices in a group, from `replica_groups`, which XLA writes in four ways."""
+  if "source_target_pairs=" in attributes:  # of collective-permute
+    return 2
+  if found := re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", attributes):  # {{0,1},{2,3}}; {}
+    return len(found[1].split(",")) if found[1] else devices
+  if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):  # [2,4]<=[8]
+    return int(found[1])
+  # mesh['a'=4,'b'=2] {'a'}, where {'a':(1)2} is a part of an axis, of size 2
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{('[^}]*)\}", attributes):
+    axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+    parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+    return math.prod(int(part or axes[axis]) for axis, part in parts)
+  raise ValueError(f"unknown groups of a collective: {attributes[:200]}")

@@ -1,0 +1,136 @@
+"""What devices send each other, counted in the text of compiled programs."""
+
+import math
+
+import jax
+import pytest
+
+from configs import mixer
+from launch import collectives
+from launch.collectives import Collective
+from train.data import DatasetInfo
+from train.mesh import make_mesh, microbatch_size, sharded_axis
+from train.state import abstract_state, make_init
+from train.step import lower_train_step, make_train_step
+
+INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
+SUMS = 4 * 4  # float32: loss, two kinds of hits, examples
+
+
+def train_step(data: int, fsdp: int) -> tuple[list[Collective], int, int]:
+  """What Mixer's step sends on eight devices, and the bytes of parameters that are cut and not."""
+  config = mixer.get_config()
+  mesh = make_mesh(data, fsdp, jax.devices()[:8])
+  step = make_train_step(config, INFO.num_classes, microbatch_size(config, mesh), mesh)
+  state = abstract_state(make_init(config, INFO, mesh), INFO)
+  cut = whole = 0
+  for x in jax.tree.leaves(state.params):
+    if sharded_axis(x.shape, mesh) is None:
+      whole += 4 * math.prod(x.shape)
+    else:
+      cut += 4 * math.prod(x.shape)
+  assert cut + whole == 4 * 242_788
+  hlo = lower_train_step(step, state, config, INFO, mesh).compile().as_text()
+  return collectives.count(hlo), cut, whole
+
+
+def test_data_parallel_step_sums_all_gradients_once():
+  rows, cut, whole = train_step(8, 1)
+  assert (cut, whole) == (0, 971_152)
+  sent = 2 * 7 / 8 * (whole + SUMS)
+  assert rows == [Collective("all-reduce", 8, 1, 971_168, sent)]
+
+
+def test_fully_sharded_step_gathers_parameters_and_scatters_gradients():
+  rows, cut, whole = train_step(1, 8)
+  assert (cut, whole) == (823_296, 147_856)
+  assert rows == [
+    Collective("all-gather", 8, 10, cut // 8, 7 / 8 * cut),
+    Collective("all-reduce", 8, 1, whole + SUMS, 2 * 7 / 8 * (whole + SUMS)),
+    Collective("reduce-scatter", 8, 10, cut, 7 / 8 * cut),
+  ]
+
+
+def test_mesh_of_both_axes_also_sums_each_part_over_data():
+  rows, cut, whole = train_step(4, 2)
+  assert (cut, whole) == (823_296, 147_856)
+  assert rows == [
+    Collective("all-gather", 2, 10, cut // 2, cut / 2),
+    Collective("all-reduce", 4, 1, cut // 2, 2 * 3 / 4 * cut / 2),
+    Collective("all-reduce", 8, 1, whole + SUMS, 2 * 7 / 8 * (whole + SUMS)),
+    Collective("reduce-scatter", 2, 10, cut, cut / 2),
+  ]
+
+
+def program(operation: str, shape: str = "f32[64]{0:T(128)S(1)}") -> str:
+  return f"""HloModule jit_f, is_scheduled=true, num_partitions=8
+
+ENTRY %main (x: f32[64]) -> f32[64] {{
+  %x.1 = {shape} parameter(0)
+  %y = bf16[3,5]{{1,0:T(8,128)(2,1)}} parameter(1)
+  ROOT %op = {operation}, channel_id=1, use_global_device_ids=true
+}}
+"""
+
+
+@pytest.mark.parametrize(
+  ("groups", "size"),
+  [
+    ("{{0,1},{2,3},{4,5},{6,7}}", 2),
+    ("{{0,1,2,3,4,5,6,7}}", 8),
+    ("{}", 8),
+    ("[2,4]<=[8]", 4),
+    ("[4,2]<=[2,4]T(1,0)", 2),
+    ("mesh['data'=4,'fsdp'=2] {'data'}", 4),
+    ("mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a','c'}", 8),
+    ("mesh['a'=8] {'a':(2)4}", 4),
+  ],
+)
+def test_groups_are_read_in_each_of_xlas_ways(groups, size):
+  hlo = program(f"f32[64]{{0}} all-reduce(%x.1), replica_groups={groups}")
+  assert collectives.count(hlo) == [
+    Collective("all-reduce", size, 1, 256, 2 * (size - 1) / size * 256)
+  ]
+
+
+def test_groups_of_one_send_nothing_and_unknown_ones_are_refused():
+  hlo = program("f32[64]{0} all-reduce(%x.1), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}")
+  assert collectives.count(hlo) == []
+  with pytest.raises(ValueError, match="unknown groups"):
+    collectives.count(program("f32[64]{0} all-reduce(%x.1), replica_groups=?"))
+
+
+@pytest.mark.parametrize(
+  ("operation", "expected"),
+  [
+    ("(f32[64], bf16[3,5]) all-reduce(%x.1, /*index=1*/%y)", ("all-reduce", 286, 429.0)),
+    ("f32[256] all-gather(%x.1)", ("all-gather", 256, 768)),
+    ("(f32[64], f32[256]) all-gather-start(%x.1)", ("all-gather", 256, 768)),
+    ("f32[16] reduce-scatter(%x.1)", ("reduce-scatter", 256, 192.0)),
+    ("f32[64] all-to-all(%x.1)", ("all-to-all", 256, 192.0)),
+  ],
+)
+def test_each_kind_sends_what_a_ring_does(operation, expected):
+  (row,) = collectives.count(program(operation + ", replica_groups=[2,4]<=[8]"))
+  assert (row.kind, row.operand_bytes, row.wire_bytes) == expected
+  assert (row.count, row.group_size) == (1, 4)
+
+
+def test_a_permutation_sends_its_operand_and_the_end_of_a_start_counts_for_nothing():
+  operation = "f32[64] collective-permute(%x.1), source_target_pairs={{0,1},{1,2},{2,0}}"
+  assert collectives.count(program(operation)) == [Collective("collective-permute", 2, 1, 256, 256)]
+  assert collectives.count(program("f32[256] all-gather-done(%x.1)")) == []
+
+
+def test_a_collective_that_a_tpu_spreads_over_fusions_counts_once():
+  parts = [
+    f"""%fused.{i} (p: f32[64]) -> f32[256] {{
+  %p.{i} = f32[64]{{0:T(128)}} parameter(0)
+  %g.{i} = f32[256]{{0:T(128)}} all-gather(%p.{i}), channel_id=3, """
+    f"""replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="{chain}"}}
+  ROOT %c.{i} = f32[256] custom-call(%g.{i}), custom_call_target="AsyncCollectiveStart"
+}}
+"""
+    for i, chain in enumerate((0, 0, 0, 1))
+  ]
+  assert collectives.count("\n".join(parts)) == [Collective("all-gather", 4, 2, 512, 1536)]
