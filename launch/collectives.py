@@ -9,6 +9,8 @@ import math
 import re
 from typing import NamedTuple
 
+from launch import hlo
+
 
 class Collective(NamedTuple):
   """All operations of one kind among groups of one size; bytes are of one device."""
@@ -33,12 +35,8 @@ _SENT = {
   "collective-broadcast": lambda n: 1,
 }
 
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?[\w.-]+ \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")  # f32[64,256], f8e4m3fn[8], pred[]
 
-
-def count(hlo: str) -> list[Collective]:
+def count(text: str) -> list[Collective]:
   """The collectives of a compiled program, by kind and size of group.
 
   Counted are logical sizes, without a TPU's padding. What lies in a loop counts once: in a train
@@ -46,51 +44,35 @@ def count(hlo: str) -> list[Collective]:
   device send nothing, and are left out.
 
   Args:
-    hlo: of a `jax.stages.Compiled`, as `as_text()` gives it.
+    text: of a `jax.stages.Compiled`, as `as_text()` gives it.
   Returns:
     Rows, sorted by kind and size of group.
   Raises:
     ValueError: groups are written in a way that is not known here.
   """
+  program = hlo.parse(text)
   totals = collections.defaultdict(lambda: [0, 0])
-  sizes = {}  # of the computation's arrays, in bytes, by name
   seen = set()
-  devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo))
-  for line in hlo.splitlines():
-    if _COMPUTATION.match(line):
-      sizes = {}
-    if not (instruction := _INSTRUCTION.match(line)):
-      continue
-    name, shape, opcode, rest = instruction.groups()
-    sizes[name] = _size(shape)
-    kind = opcode.removesuffix("-start")
-    if kind not in _SENT:
-      continue
-    # A TPU splits a collective over several fusions that run meanwhile, and writes it in each.
-    if chain := re.search(r'chain_id="(\d+)"', rest):
-      if (kind, chain[1]) in seen:
+  for instructions in program.computations.values():
+    sizes = {x.name: sum(array.bytes for array in x.arrays) for x in instructions}
+    for instruction in instructions:
+      kind = instruction.opcode.removesuffix("-start")
+      if kind not in _SENT:
         continue
-      seen.add((kind, chain[1]))
-    operands, _, attributes = rest.partition("), ")
-    operand_bytes = sum(sizes[operand] for operand in re.findall(r"%([\w.-]+)", operands))
-    group_size = _group_size(attributes, devices)
-    if group_size > 1:
-      total = totals[kind, group_size]
-      total[0] += 1
-      total[1] += operand_bytes
+      # A TPU splits a collective over several fusions that run meanwhile, and writes it in each.
+      if chain := re.search(r'chain_id="(\d+)"', instruction.attributes):
+        if (kind, chain[1]) in seen:
+          continue
+        seen.add((kind, chain[1]))
+      group_size = _group_size(instruction.attributes, program.devices)
+      if group_size > 1:
+        total = totals[kind, group_size]
+        total[0] += 1
+        total[1] += sum(sizes[operand] for operand in instruction.operands)
   return [
     Collective(kind, size, number, operand_bytes, _SENT[kind](size) * operand_bytes)
     for (kind, size), (number, operand_bytes) in sorted(totals.items())
   ]
-
-
-def _size(shape: str) -> int:
-  """Bytes of the arrays in a piece of text; a tuple's are added up."""
-  total = 0
-  for dtype, bits, dimensions in _ARRAY.findall(shape):
-    elements = math.prod(int(n.removeprefix("<=")) for n in dimensions.split(",") if n)
-    total += math.ceil(elements * (8 if dtype == "pred" else int(bits)) / 8)
-  return total
 
 
 def _group_size(attributes: str, devices: int) -> int:
