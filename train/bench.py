@@ -179,15 +179,18 @@ def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
   }
 
 
-def flops_per_image(config: ConfigDict, info: data.DatasetInfo) -> float:
+def flops_per_image(config: ConfigDict, info: data.DatasetInfo, recomputed: bool = False) -> float:
   """Floating-point operations of a training step, by XLA's count before it optimizes.
 
   Counted for the whole batch at once on one device: XLA counts a loop's body only once.
+
+  Args:
+    recomputed: count what `config.remat` computes twice as often, which is no progress.
   """
   device = mesh.make_mesh(devices=jax.devices()[:1])
   config = config.copy_and_resolve_references()
   config.steps_per_call = 1
-  config.remat = False  # what is computed twice is no progress
+  config.remat = config.remat and recomputed
   step = make_train_step(config, info.num_classes, config.batch_size, device)
   state = abstract_state(make_init(config, info, device), info)
   lowered = lower_train_step(step, state, config, info, device)

@@ -39,6 +39,14 @@ _NOTHING_DELETED = (
 CHUNK = 1024  # images that a thread reads at a time
 _FOLDER = "folder:"  # in front of the path of an image folder
 _MAX_WORKERS = 16
+# Images of sets that are often planned for before they are there, from TFDS's catalog: TFDS itself
+# knows sizes of prepared sets only.
+_SIZES = {
+  "cifar10": {"train": 50_000, "test": 10_000},
+  "cifar100": {"train": 50_000, "test": 10_000},
+  "shapes100": {"train": 50_000, "test": 10_000},
+  "imagenet2012": {"train": 1_281_167, "validation": 50_000, "test": 100_000},
+}
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _FLAGS = {  # of cv2.imdecode, by number of channels; photos are not turned, as in TFDS
   1: cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
@@ -58,7 +66,7 @@ class UnreachableError(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-  """What is known of a prepared dataset before any image is read."""
+  """What is known of a dataset before any image is read."""
 
   name: str
   class_names: tuple[str, ...]
@@ -171,7 +179,53 @@ def describe(data_config: ConfigDict) -> DatasetInfo:
   Raises:
     DataError: the dataset is out of reach, broken, or no image-classification set.
   """
-  source = _open(data_config)
+  return _describe(_open(data_config), data_config)
+
+
+def foresee(data_config: ConfigDict, train_images: int | None = None) -> DatasetInfo:
+  """What `describe` gives, of a dataset that need not be there; nothing is downloaded or written.
+
+  Args:
+    train_images: how many train; None: as many as are on disk, or are known to be in the dataset.
+  Raises:
+    DataError: TFDS does not know the dataset, or its size is not known.
+  """
+  if data_config.name.startswith(_FOLDER):
+    return describe(data_config)
+  builder = _image_builder(data_config)
+  if train_images:
+    source = _TfdsSet(builder, {})
+    sizes = {"train": train_images}
+    return DatasetInfo(data_config.name, source.class_names, source.image_shape, sizes)
+  if Path(builder.data_path).exists():
+    return describe(data_config)
+  if builder.name not in _SIZES:
+    raise DataError(
+      f"{builder.name} is not prepared in {_data_dir(data_config)}, and how many images it has is "
+      "known only then: --images=N says how many train."
+    )
+  return _describe(_TfdsSet(builder, _splits_to_come(builder)), data_config)
+
+
+def _splits_to_come(builder):
+  """The splits that a dataset of _SIZES will have once it is prepared, as TFDS describes them."""
+  import tensorflow_datasets as tfds
+
+  splits = []
+  for name, size in _SIZES[builder.name].items():
+    template = tfds.core.ShardedFileTemplate(  # of no file: TFDS cuts no split without
+      data_dir=builder.data_path,
+      dataset_name=builder.name,
+      split=name,
+      filetype_suffix="array_record",
+    )
+    splits.append(
+      tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0, filename_template=template)
+    )
+  return tfds.core.splits.SplitDict(splits)
+
+
+def _describe(source, data_config) -> DatasetInfo:
   sizes = {}
   for split in SPLITS:
     instruction = data_config[f"{split}_split"]
@@ -195,14 +249,15 @@ def _open(data_config):
 
     path = Path(data_config.name.removeprefix(_FOLDER)).expanduser().absolute()
     return open_folder(path, data_config.skip_broken)
-  return _Prepared(_prepared_builder(data_config))
+  builder = _prepared_builder(data_config)
+  return _TfdsSet(builder, builder.info.splits)
 
 
-class _Prepared:
-  """A dataset that TFDS has prepared."""
+class _TfdsSet:
+  """A dataset of TFDS, prepared or to come."""
 
-  def __init__(self, builder):
-    self._splits = builder.info.splits
+  def __init__(self, builder, splits):
+    self._splits = splits
     self.class_names = _class_names(builder)
     height, width, channels = builder.info.features["image"].shape
     self.image_shape = (height, width, channels or 3)
@@ -263,8 +318,8 @@ def _class_names(builder):
   return names
 
 
-def _prepared_builder(data_config):
-  """A TFDS builder whose data is on disk as ArrayRecord; downloads or draws the data if need be."""
+def _image_builder(data_config):
+  """The TFDS builder of an image-classification set; nothing is prepared yet."""
   builder = _builder(data_config.name, _data_dir(data_config))
   features = builder.info.features
   if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
@@ -274,6 +329,12 @@ def _prepared_builder(data_config):
     )
   if features["image"].np_dtype != np.uint8:
     raise DataError(f"{builder.name} has {features['image'].np_dtype} images: only uint8 is read.")
+  return builder
+
+
+def _prepared_builder(data_config):
+  """A TFDS builder whose data is on disk as ArrayRecord; downloads or draws the data if need be."""
+  builder = _image_builder(data_config)
   folder = Path(builder.data_path)
   if not folder.exists():
     _prepare(builder, data_config)
