@@ -1,0 +1,322 @@
+"""Compiles the train step for a TPU slice that is not there, and says what it would take:
+
+python -m launch.plan --config configs/MODEL.py --topology v5e:2x2 [--config.KEY=VALUE ...]
+
+Needs no TPU, but its compiler: the extra [plan]. docs/planning.md says what the figures rest on.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from launch import collectives, traffic
+from train import check, data, flags
+from train.bench import flops_per_image
+from train.data import DatasetInfo, num_batches
+from train.mesh import make_mesh, microbatch_size
+from train.state import abstract_state, make_init
+from train.step import lower_train_step, make_train_step
+
+_INSTALL = (
+  'planning needs the TPU compiler: pip install -c constraints.txt -e ".[plan]" '
+  "(libtpu, for Linux on x86, 130 MB)"
+)
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """What a chip can do at most."""
+
+  flops: float  # FLOP/s in bfloat16: float32 is multiplied as such, unless told otherwise
+  hbm: float  # GiB that XLA lets a program have, by its own messages (libtpu 0.0.42)
+  hbm_bandwidth: float  # bytes/s
+  ici_bandwidth: float  # bytes/s that it sends to its neighbours, over all links together
+  options: dict[str, str] = {}  # of its topology, for one device a chip
+
+
+# From Google Cloud's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026. They give
+# the interconnect in both directions together: half of it is sent. For v4 they give the all-reduce
+# bandwidth of 4,096 chips, 1.1 PB/s; for v5e and v6e, 256 times what is sent is that figure, too.
+CHIPS = {
+  "v4": Chip(275e12, 30.75, 1200e9, 1.1e15 / 4096, {"chip_config_name": "megacore"}),
+  "v5e": Chip(197e12, 15.75, 819e9, 400e9 / 2),
+  "v5p": Chip(459e12, 95.74, 2765e9, 1200e9 / 2),
+  "v6e": Chip(918e12, 31.25, 1638e9, 800e9 / 2),
+}
+
+
+def chip_of(topology: str) -> Chip:
+  """The chip of a topology such as "v5e:2x2" or "v4:2x2x4".
+
+  Raises:
+    ConfigError: it is no topology of a known chip.
+  """
+  name, _, shape = topology.partition(":")
+  if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    raise check.ConfigError(
+      f"--topology={topology}: a chip ({', '.join(CHIPS)}) and how many of it lie along each axis, "
+      "as in v5e:2x2 or v4:2x2x4"
+    )
+  return CHIPS[name]
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+  """The devices of a slice, one a chip, to compile for.
+
+  Raises:
+    ConfigError: there is no such slice.
+  """
+  from jax.experimental import topologies  # loads libtpu
+
+  chip = chip_of(topology)
+  shape = [int(n) for n in topology.partition(":")[2].split("x")]
+  hosts = (*(1 if n % 2 else 2 for n in shape[:2]), 1)  # chips of a host along each axis
+  try:
+    slice_ = topologies.get_topology_desc(
+      topology, "tpu", chips_per_host_bounds=hosts, **chip.options
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise check.ConfigError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+  return slice_.devices
+
+
+def memory(config: ConfigDict, info: DatasetInfo, mesh: Mesh, chip: Chip) -> dict[str, Any]:
+  """Compiles the train step: GiB of HBM that it takes of each device, and its text if it fits."""
+  step = make_train_step(config, info.num_classes, microbatch_size(config, mesh), mesh)
+  state = abstract_state(make_init(config, info, mesh), info)
+  leaves = jax.tree.leaves(state)
+  figures = {
+    "params": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
+    "state_gib": sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize / _GIB for x in leaves
+    ),
+    "available_gib": chip.hbm,
+  }
+  lowered = lower_train_step(step, state, config, info, mesh)
+  began = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if not (sizes := needed(str(error))):
+      raise
+    temporaries, available = sizes
+    used = figures["state_gib"] + temporaries
+    return figures | {"fits": False, "used_gib": used, "available_gib": available}
+  sizes = compiled.memory_analysis()
+  buffers = (
+    sizes.argument_size_in_bytes
+    + sizes.output_size_in_bytes
+    - sizes.alias_size_in_bytes
+    + sizes.temp_size_in_bytes
+  )
+  used = (buffers + sizes.generated_code_size_in_bytes) / _GIB
+  return figures | {
+    "fits": used <= chip.hbm,
+    "used_gib": used,
+    "compile_seconds": time.perf_counter() - began,
+    "text": compiled.as_text(),
+  }
+
+
+def needed(message: str) -> tuple[float, float] | None:
+  """GiB that XLA needs for temporaries, and those there are, from its error; None: another one."""
+  units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
+  found = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds.*?\(([\d.]+)([KMGT])\)", message)
+  found = found or re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+  if not found:
+    return None
+  return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+
+
+def plan(config: ConfigDict, info: DatasetInfo, topology: str) -> dict[str, Any]:
+  """What a step takes of each device, and how fast it can be at most.
+
+  Raises:
+    ConfigError: the topology, the mesh or the batch does not fit.
+  """
+  chip = chip_of(topology)
+  mesh = make_mesh(**config.mesh, devices=topology_devices(topology))
+  share = config.batch_size // mesh.size
+  figures = {
+    "model": config.model.name,
+    "topology": topology,
+    "devices": mesh.size,
+    "mesh": dict(mesh.shape),
+    "dtype": config.dtype,
+    "batch_size": config.batch_size,
+    "microbatch": microbatch_size(config, mesh),
+    "remat": config.remat,
+  }
+  figures |= memory(config, info, mesh, chip)
+  figures["flops"] = share * flops_per_image(config, info, recomputed=True)
+  if not (text := figures.pop("text", None)):
+    return figures
+  rows = collectives.count(text)
+  steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
+  figures["hbm_bytes"] = traffic.hbm_bytes(text) / min(config.steps_per_call, steps_per_epoch)
+  figures["collectives"] = [row._asdict() for row in rows]
+  seconds = {
+    "compute": figures["flops"] / chip.flops,
+    "memory": figures["hbm_bytes"] / chip.hbm_bandwidth,
+    "interconnect": sum(row.wire_bytes for row in rows) / chip.ici_bandwidth,
+  }
+  step = max(seconds.values())
+  return figures | {
+    "seconds": seconds,
+    "bound_by": max(seconds, key=seconds.get),
+    "images_per_second": config.batch_size / step,
+    "epochs": config.epochs,
+    "train_images": info.sizes["train"],
+    "hours": step * steps_per_epoch * config.epochs / 3600,
+  }
+
+
+def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
+  """The largest number from 1 to `most` that fits, to a 32nd; 0: none does.
+
+  Doubles from `start` on until one does not fit, and then halves what lies between.
+  """
+  low, high, number = 0, most + 1, min(start, most)
+  while number:
+    if fits(number):
+      low = number
+    else:
+      high = number
+    if high - low <= 1 + low // 32:
+      return low
+    number = min(2 * low, most) if high > most else (low + high) // 2
+  return low
+
+
+def max_batch(config: ConfigDict, info: DatasetInfo, topology: str) -> int:
+  """The largest batch that fits, among multiples of what all devices compute at a time."""
+  chip = chip_of(topology)
+  mesh = make_mesh(**config.mesh, devices=topology_devices(topology))
+  unit = mesh.size * (config.microbatch or 1)
+  config = config.copy_and_resolve_references()
+
+  def fits(units: int) -> bool:
+    config.batch_size = units * unit
+    found = memory(config, info, mesh, chip)
+    verdict = "fits" if found["fits"] else "does not fit"
+    print(f"batch {config.batch_size:,} {verdict}: {_of(found)}", file=sys.stderr, flush=True)
+    return found["fits"]
+
+  whole = -(-info.sizes["train"] // unit)  # all images in one batch
+  return unit * largest(fits, max(1, config.batch_size // unit), whole)
+
+
+def _of(figures: dict[str, Any]) -> str:
+  return f"{figures['used_gib']:#.3g} of {figures['available_gib']:.2f} GiB"
+
+
+def format_plan(figures: dict[str, Any]) -> str:
+  """The figures for the terminal, 80 columns wide."""
+  mesh, batch, devices = figures["mesh"], figures["batch_size"], figures["devices"]
+  lines = [
+    f"{figures['model']} ({figures['params']:,} parameters, {figures['dtype']}"
+    f"{', remat' if figures['remat'] else ''}) on {figures['topology']}",
+    f"{devices} devices: data {mesh['data']} x fsdp {mesh['fsdp']}; batch {batch:,}: "
+    f"{batch // devices:,} a device, {figures['microbatch']:,} at a time",
+    "",
+    "a step, on each device:",
+    f"  HBM taken     {_of(figures)}, {figures['state_gib']:#.3g} of it for the state",
+    f"  FLOPs         {_short(figures['flops'])}",
+  ]
+  if "seconds" not in figures:
+    return "\n".join([*lines, "", f"does not fit: needs {_of(figures)}"])
+  lines.append(f"  HBM traffic   {_short(figures['hbm_bytes'])}B")
+  for row in figures["collectives"]:
+    lines.append(
+      f"  {row['kind']:13} {row['count']} among {row['group_size']} devices: "
+      f"{_short(row['operand_bytes'])}B, {_short(row['wire_bytes'])}B sent"
+    )
+  chip = chip_of(figures["topology"])
+  peaks = {
+    "compute": f"{_short(chip.flops)}FLOP/s",
+    "memory": f"{_short(chip.hbm_bandwidth)}B/s",
+    "interconnect": f"{_short(chip.ici_bandwidth)}B/s",
+  }
+  lines += ["", "a step takes at least:"]
+  for name, seconds in figures["seconds"].items():
+    mark = "  <- the largest" if name == figures["bound_by"] else ""
+    lines.append(f"  {name:13} {1e3 * seconds:#.3g} ms at {peaks[name]}{mark}")
+  lines += [
+    "",
+    f"at most {figures['images_per_second']:,.0f} images/s: {figures['epochs']} epochs of "
+    f"{figures['train_images']:,} images in {_duration(figures['hours'])}",
+    "fits" if figures["fits"] else f"does not fit: needs {_of(figures)}",
+  ]
+  return "\n".join(lines)
+
+
+def _short(number: float) -> str:
+  """Three digits and a unit's prefix: 1.23 G."""
+  power = max(0, min(5, int(math.log10(max(number, 1)) / 3)))
+  return f"{number / 1000**power:#.3g}".rstrip(".") + " " + " kMGTP"[power].strip()
+
+
+def _duration(hours: float) -> str:
+  for unit, parts in (("hours", 1), ("minutes", 60)):
+    if hours * parts >= 1:
+      return f"{hours * parts:#.3g} {unit}"
+  return f"{3600 * hours:#.3g} seconds"
+
+
+def _start() -> None:
+  """Sets JAX and libtpu up to compile for a TPU, and not to look for one."""
+  quiet = {
+    "TPU_SKIP_MDS_QUERY": "1",  # no questions to the metadata server of a cloud's machine,
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # but the answers, or libtpu logs that it has none
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock that would keep a second plan from running
+  }
+  os.environ.update(quiet | os.environ)
+  jax.config.update("jax_platforms", "cpu")  # nothing runs; FLOPs are counted for a CPU
+  # Programs for a machine that is not there can't be loaded, nor kept for the next time.
+  jax.config.update("jax_enable_compilation_cache", False)
+
+
+def main() -> None:
+  """Exit status: 0 fits, 1 does not fit or can't be planned, 2 wrong flags."""
+  parser = argparse.ArgumentParser(prog="python -m launch.plan", allow_abbrev=False)
+  parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
+  parser.add_argument("--topology", required=True, help=f"of {', '.join(CHIPS)}: v5e:2x2, v4:2x2x4")
+  parser.add_argument("--max-batch", action="store_true", help="find the largest batch that fits")
+  parser.add_argument("--images", type=int, help="that train, if the dataset is not there to tell")
+  parser.add_argument("--json", action="store_true", help="figures as one JSON object")
+  arguments, config = flags.parse(parser)
+  flags.quiet_libraries()
+  try:
+    check.check_config(config)
+    chip_of(arguments.topology)
+    if importlib.util.find_spec("libtpu") is None:
+      flags.fail(_INSTALL, 1)
+    _start()
+    info = data.foresee(config.data, arguments.images)
+    if arguments.max_batch:
+      config.batch_size = max_batch(config, info, arguments.topology)
+      if not config.batch_size:
+        flags.fail("not even the smallest batch fits", 1)
+    figures = plan(config, info, arguments.topology)
+  except (check.ConfigError, data.DataError) as error:
+    flags.fail(error, 2 if isinstance(error, check.ConfigError) else 1)
+  print(json.dumps(figures) if arguments.json else format_plan(figures))
+  sys.exit(0 if figures["fits"] else 1)
+
+
+if __name__ == "__main__":
+  main()
