@@ -56,7 +56,7 @@ def test_the_age_of_a_process_begins_with_it():
 
 def test_phases_are_parts_of_a_step():
   parts = bench.phases(bench.prepare(smoke_config()), repeats=3)
-  assert list(parts) == ["augment", "forward", "backward", "optimizer", "input"]
+  assert list(parts) == ["augment", "forward", "backward", "optimizer", "input", "waited"]
   assert parts["backward"] > 0
 
 

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -117,6 +118,8 @@ def _stream(source: _Batches, workers: int, in_processes: bool) -> Iterator[Batc
   )
   if in_processes:
     options = grain.MultiprocessingOptions(num_workers=min(workers, len(source)))
+    # What Grain leaves in shared memory at its end, Python's tracker removes, with a warning.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
   with contextlib.closing(iter(dataset)) as iterator:
     yield from iterator

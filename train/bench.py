@@ -10,6 +10,7 @@ Rates are medians over repeats; how far they lie apart shows what else the machi
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import resource
@@ -236,7 +237,8 @@ def process_age() -> float:
 def phases(training: Training, repeats: int) -> dict[str, float]:
   """Milliseconds of a step that each phase takes, as differences between parts of the step.
 
-  `input` is what the host takes for a batch; in training it does so while a step runs.
+  `input` is what the host takes for a batch; in training it does so while a step runs, and
+  `waited` is what a step has waited for it nevertheless.
   """
   config, devices, microbatch = training.config, training.mesh, training.microbatch
   state = training.state
@@ -290,7 +292,22 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
   for name in (*functions, "optimizer"):
     result[name] = medians[name] - before
     before = medians[name]
-  return result | {"input": medians["input"]}
+  waited = waits_for_input(training._replace(state=state), repeats)
+  return result | {"input": medians["input"], "waited": 1e3 * statistics.median(waited)}
+
+
+def waits_for_input(training: Training, calls: int) -> list[float]:
+  """Seconds a step that devices stood still for want of images, at most; for each of some calls."""
+  state, sums, waits = training.state, None, []
+  for _ in range(calls + 2):  # what was there before counts as read ahead, and is used up first
+    began, running = time.perf_counter(), sums
+    batches = next(training.calls)
+    idle = running is None or running.loss.is_ready()
+    waits.append((time.perf_counter() - began) * idle / len(batches["label"]))
+    state, sums = training.step(state, batches)
+    jax.block_until_ready(running)  # one call runs and one waits, as in training
+  jax.block_until_ready(state)
+  return waits[2:]
 
 
 def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
@@ -475,14 +492,19 @@ def main() -> None:
     else:
       training = prepare(config)
       start = process_age()
-      if arguments.phases:
-        for name, milliseconds in phases(training, repeats).items():
-          print(f"{name:12}{milliseconds:10.1f} ms")
-        return
-      figures = measure(training, repeats, seconds) | {"start_seconds": start}
-      print(json.dumps(figures) if arguments.json else format_figures(figures))
+      with contextlib.closing(training.calls):  # ends the workers of a streamed set
+        _print_figures(training, arguments, start)
   except (check.ConfigError, data.DataError, MemoryError, OSError) as error:
     flags.fail(error, 2 if isinstance(error, check.ConfigError) else 1)
+
+
+def _print_figures(training: Training, arguments: argparse.Namespace, start: float) -> None:
+  if arguments.phases:
+    for name, milliseconds in phases(training, arguments.repeats).items():
+      print(f"{name:12}{milliseconds:10.1f} ms")
+    return
+  figures = measure(training, arguments.repeats, arguments.seconds) | {"start_seconds": start}
+  print(json.dumps(figures) if arguments.json else format_figures(figures))
 
 
 def _sweep_and_draw(config: ConfigDict, arguments: argparse.Namespace) -> None:
