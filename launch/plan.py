@@ -219,7 +219,7 @@ def max_batch(config: ConfigDict, info: DatasetInfo, topology: str) -> int:
 
 
 def _of(figures: dict[str, Any]) -> str:
-  return f"{figures['used_gib']:#.3g} of {figures['available_gib']:.2f} GiB"
+  return f"{_digits(figures['used_gib'])} of {figures['available_gib']:.2f} GiB"
 
 
 def format_plan(figures: dict[str, Any]) -> str:
@@ -232,7 +232,7 @@ def format_plan(figures: dict[str, Any]) -> str:
     f"{batch // devices:,} a device, {figures['microbatch']:,} at a time",
     "",
     "a step, on each device:",
-    f"  HBM taken     {_of(figures)}, {figures['state_gib']:#.3g} of it for the state",
+    f"  HBM taken     {_of(figures)}, {_digits(figures['state_gib'])} of it for the state",
     f"  FLOPs         {_short(figures['flops'])}",
   ]
   if "seconds" not in figures:
@@ -252,7 +252,7 @@ def format_plan(figures: dict[str, Any]) -> str:
   lines += ["", "a step takes at least:"]
   for name, seconds in figures["seconds"].items():
     mark = "  <- the largest" if name == figures["bound_by"] else ""
-    lines.append(f"  {name:13} {1e3 * seconds:#.3g} ms at {peaks[name]}{mark}")
+    lines.append(f"  {name:13} {_digits(1e3 * seconds)} ms at {peaks[name]}{mark}")
   lines += [
     "",
     f"at most {figures['images_per_second']:,.0f} images/s: {figures['epochs']} epochs of "
@@ -265,14 +265,19 @@ def format_plan(figures: dict[str, Any]) -> str:
 def _short(number: float) -> str:
   """Three digits and a unit's prefix: 1.23 G."""
   power = max(0, min(5, int(math.log10(max(number, 1)) / 3)))
-  return f"{number / 1000**power:#.3g}".rstrip(".") + " " + " kMGTP"[power].strip()
+  return f"{_digits(number / 1000**power)} {' kMGTP'[power].strip()}"
+
+
+def _digits(number: float) -> str:
+  """Three digits, or all before the point."""
+  return f"{number:,.0f}" if number >= 100 else f"{number:#.3g}"
 
 
 def _duration(hours: float) -> str:
   for unit, parts in (("hours", 1), ("minutes", 60)):
     if hours * parts >= 1:
-      return f"{hours * parts:#.3g} {unit}"
-  return f"{3600 * hours:#.3g} seconds"
+      return f"{_digits(hours * parts)} {unit}"
+  return f"{_digits(3600 * hours)} seconds"
 
 
 def _start() -> None:
