@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from train import flags
 from train.mesh import by_example
 
-LOST = 75  # exit status where another process was lost: sysexits' "try again"
+LOST = 75  # exit status where another process is missing or lost: sysexits' "try again"
 _SECONDS_TO_MEET = 300  # that the first process waits for the last one to start
 
 
@@ -107,7 +107,7 @@ def _time_limit(who: str) -> Iterator[None]:
       "look which of them has not started, or does not reach the coordinator",
       file=sys.stderr,
     )
-    _leave(1)
+    _leave(LOST)
 
   timer = threading.Timer(_SECONDS_TO_MEET, give_up)
   timer.start()

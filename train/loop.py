@@ -69,7 +69,7 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
     compiling = compile_in_background(step, init, config, info, mesh)
     dataset = data.load(config.data, config.model.image_size)
     compiled, _ = compiling.result()
-    if stop.signum and jax.process_count() == 1:
+    if stop.signum and jax.process_count() == 1:  # several agree after the first call
       raise Interrupted(stop.signum)
 
     state = checkpoints.restore_last(abstract)
@@ -232,13 +232,13 @@ def _print_header(
   train = dataset.train
   streamed = isinstance(train, data.StreamedSplit)
   place = f"streamed (worker processes: {train.workers})" if streamed else "in memory"
-  hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
   cut = f", parameters cut over {mesh.shape[FSDP]}" if mesh.shape[FSDP] > 1 else ""
   print(
     f"model    {config.model.name}, {_count(state.params):,} parameters, {config.dtype}\n"
     f"data     {info.name}, {info.num_classes} classes, {place}\n"
     f"images   {sizes}\n"
-    f"devices  {mesh.size} x {device.device_kind}{hosts}{cut}\n"
+    f"devices  {mesh.size} x {device.device_kind}{processes}{cut}\n"
     f"batch    {config.batch_size} images, {share} on each device, {microbatch} at a time\n"
     f"memory   {needed / 2**20:,.0f} MiB on each device for a training step",
     flush=True,
