@@ -325,7 +325,7 @@ def test_remat_changes_no_loss(name):
   config = smoke_config(name)
   config.remat = True
   losses, _ = run_steps(config, 2, 4, [noise_batch(0), noise_batch(1)])
-  np.testing.assert_allclose(losses, losses_on_one_device(name), rtol=2e-5)
+  np.testing.assert_allclose(losses, losses_on_one_device(name)[:2], rtol=2e-5)
 
 
 @pytest.mark.slow
