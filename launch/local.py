@@ -18,6 +18,7 @@ import time
 from typing import IO, NamedTuple
 
 from train import flags
+from train.hosts import LOST
 from train.interrupt import SIGNALS
 
 _GRACE_SECONDS = 20.0  # for the others to end by themselves once one has failed
@@ -105,7 +106,9 @@ def _wait(started: list[_Process]) -> _Process | None:
 
 
 def _first_failed(started: list[_Process]) -> _Process | None:
-  return next((process for process in started if process.child.poll()), None)
+  failed = [process for process in started if process.child.poll()]
+  causes = [process for process in failed if process.child.returncode != LOST]
+  return next(iter(causes or failed), None)
 
 
 def main() -> None:

@@ -318,6 +318,12 @@ def test_show_draws_samples_and_patches(tmp_path):
     assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 5_000  # photographs, not blank
 
 
+def test_show_draws_a_streamed_set(tmp_path):
+  flags = ("--config.data.in_memory_bytes=0", f"--config.data.data_dir={cifar100_dir()}")
+  result = run_cli("show", "--config", "configs/mixer.py", *flags, "--output", tmp_path / "a.png")
+  assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_patches_are_moved_apart_and_kept_whole():
   image = np.arange(16, dtype=np.uint8).reshape(4, 4)
   cut = data._cut_in_patches(image, patch=2)

@@ -125,6 +125,7 @@ class StreamedSplit:
       if len(rows) > 1:  # the one that is damaged is to be named
         for i, row in enumerate(rows):
           self.read([row], images[i : i + 1], labels[i : i + 1])
+        return  # it could be read after all
       raise DataError(
         f"{self.records.file(rows[0])} can't be read: {_first_line(error)} {_NOTHING_DELETED}"
       ) from error
@@ -573,7 +574,7 @@ def show(config: ConfigDict, output: str) -> None:
     raise ValueError(f"--config.model.image_size={size} is no multiple of patch_size={patch}")
   data_config = resolve(config.data)
   dataset = load(data_config, size, splits=("validation",))
-  images, labels = dataset.validation.images[:32], dataset.validation.labels[:32]
+  images, labels = dataset.validation[np.arange(min(32, len(dataset.validation)))]
   resized = Image.fromarray(images[0].squeeze()).resize((size, size), Image.Resampling.BILINEAR)
   names = [dataset.class_names[label].replace("_", " ") for label in labels]
 

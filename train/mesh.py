@@ -90,7 +90,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
   """A mesh of the axes "data" and "fsdp"; one device is a mesh of one.
 
   The batch is cut over both. Parameters and optimizer state have a copy on each row of "data", and
-  are cut over "fsdp" (fully sharded data parallelism: Rajbhandari et al., ZeRO, 2020, stage 3).
+  are cut over "fsdp" (Rajbhandari et al., ZeRO, 2020, stage 3; but a step gathers all parameters at
+  once, before its microbatches: what is saved is the memory of what lies between steps).
 
   Args:
     data, fsdp: devices along each axis, as in `config.mesh`; -1 for what the other leaves.

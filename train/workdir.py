@@ -64,12 +64,14 @@ def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo) -> None:
     if jax.process_index():  # the first one writes
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    if any(workdir.iterdir()) and not (workdir / "config.json").exists():
+    # A bucket knows no empty folders: after mkdir there may still be none.
+    is_used = workdir.exists() and any(workdir.iterdir())
+    if is_used and not (workdir / "config.json").exists():
       raise WorkdirError(f"{workdir} holds files but no config.json: choose an empty --workdir")
     for name, content in run.items():
       write_atomically(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
-    raise WorkdirError(f"--workdir {workdir} can't be used: {error.strerror}") from None
+    raise WorkdirError(f"--workdir {workdir} can't be used: {error.strerror or error}") from None
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
