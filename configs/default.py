@@ -42,7 +42,8 @@ def get_config() -> ConfigDict:
   config.data.fallback = ""  # set to use if `name` is neither prepared nor to be downloaded
   # Bytes; larger sets are streamed from disk. None: a quarter of the host's memory.
   config.data.in_memory_bytes = config_dict.placeholder(int)
-  # Processes on each host that decode what is streamed. None: half as many as cores, 16 at most.
+  # Processes of Grain that decode what is streamed, for each process of JAX. None: half as many as
+  # cores, 16 on a host at most.
   config.data.workers = config_dict.placeholder(int)
   config.data.train_split = "train[:90%]"  # TFDS's notation; the last tenth of "train" validates,
   config.data.validation_split = "train[90%:]"  # as Keras' validation_split=0.1 has it

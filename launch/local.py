@@ -40,10 +40,7 @@ def run(processes: int, devices_per_process: int, arguments: list[str]) -> int:
   Returns:
     The exit status of the first that failed, or 0.
   """
-  started = [
-    _start(command, devices_per_process, first=index == 0)
-    for index, command in enumerate(_commands(processes, arguments))
-  ]
+  started = []
 
   def pass_on(signum: int, frame) -> None:
     del frame
@@ -53,7 +50,10 @@ def run(processes: int, devices_per_process: int, arguments: list[str]) -> int:
 
   for signum in SIGNALS:
     signal.signal(signum, pass_on)
+  signal.signal(signal.SIGHUP, lambda *_: pass_on(signal.SIGTERM, None))  # the terminal is closed
   try:
+    for index, command in enumerate(_commands(processes, arguments)):
+      started.append(_start(command, devices_per_process, first=index == 0))
     failed = _wait(started)
   finally:
     for process in started:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from configs import default
 from train import data
+from train.datasets import prepared
 
 REPOSITORY = Path(__file__).parents[1]
 CIFAR_FILES = (  # of a prepared CIFAR-100
@@ -228,10 +229,10 @@ def test_without_network_one_message_within_15_seconds(tmp_path):
 
 
 def test_a_silent_host_is_given_up(tmp_path, monkeypatch):
-  monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: time.sleep(5))
-  builder = data._builder("cifar100", tmp_path)
+  monkeypatch.setattr(prepared.urllib.request, "urlopen", lambda *_, **__: time.sleep(5))
+  builder = prepared._builder("cifar100", tmp_path)
   with pytest.raises(data.UnreachableError, match="no answer within 0.2 seconds"):
-    data._require_reachable(builder, data_config(data_dir=str(tmp_path)), timeout=0.2)
+    prepared._require_reachable(builder, data_config(data_dir=str(tmp_path)), timeout=0.2)
 
 
 def test_fallback_replaces_what_is_out_of_reach_and_says_so(photos_config, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from tensorflow_datasets.core.download import checksums
 from test_data import data_config, run_cli, snapshot
 
 from train import data
-from train.datasets import shapes100
+from train.datasets import prepared, shapes100
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-{}-binary.tar.gz"
 
@@ -110,7 +110,7 @@ def test_a_broken_archive_leaves_no_half_dataset(archive, tmp_path, monkeypatch)
 
 def test_checksums_are_those_tfds_has_on_record(tmp_path):
   for name, size in (("cifar100", 168_513_733), ("cifar10", 170_052_171)):
-    ((url, recorded),) = data._builder(name, tmp_path).url_infos.items()
+    ((url, recorded),) = prepared._builder(name, tmp_path).url_infos.items()
     assert (url, recorded.size) == (URL.format(name.removeprefix("cifar")), size)
 
 

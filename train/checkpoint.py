@@ -59,6 +59,11 @@ class Checkpoints:
     """Since the last `save_last`, or since the run began."""
     return time.monotonic() - self._saved_at
 
+  @property
+  def last_label(self) -> int | None:
+    """Of the state that `restore_last` would give, as far as this process can see."""
+    return self._last.latest_step()
+
   def save_last(self, state: TrainState) -> None:
     """Saves the state to continue from."""
     # A last state that speaks of a best epoch must never be without its weights.

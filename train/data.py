@@ -9,16 +9,9 @@ without TensorFlow, or an image folder. What fits is kept in memory, the rest is
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
-import functools
-import io
-import json
-import os
 import sys
 import textwrap
-import threading
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,24 +22,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from train import flags
+from train.datasets import NOTHING_DELETED, DataError, UnreachableError, first_line, prepared
+from train.mesh import cores
 
 SPLITS = ("train", "validation", "test")
-_EMBEDDED = "shapes100"  # the embedded dataset: drawn on the spot, needs no network
-_NOTHING_DELETED = (
-  "Nothing was deleted. Move the folder away to have the dataset prepared anew, or choose another "
-  "with --config.data.data_dir."
-)
 CHUNK = 1024  # images that a thread reads at a time
 _FOLDER = "folder:"  # in front of the path of an image folder
 _MAX_WORKERS = 16
-# Images of sets that are often planned for before they are there, from TFDS's catalog: TFDS itself
-# knows sizes of prepared sets only.
-_SIZES = {
-  "cifar10": {"train": 50_000, "test": 10_000},
-  "cifar100": {"train": 50_000, "test": 10_000},
-  "shapes100": {"train": 50_000, "test": 10_000},
-  "imagenet2012": {"train": 1_281_167, "validation": 50_000, "test": 100_000},
-}
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _FLAGS = {  # of cv2.imdecode, by number of channels; photos are not turned, as in TFDS
   1: cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
@@ -54,14 +36,6 @@ _FLAGS = {  # of cv2.imdecode, by number of channels; photos are not turned, as 
   4: cv2.IMREAD_UNCHANGED,
 }
 _TO_RGBA = {1: cv2.COLOR_GRAY2RGBA, 3: cv2.COLOR_BGR2RGBA, 4: cv2.COLOR_BGRA2RGBA}
-
-
-class DataError(Exception):
-  """A dataset can't be used. The message is the complete text for the user."""
-
-
-class UnreachableError(DataError):
-  """The dataset is not on disk and can't be downloaded now."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +76,7 @@ class Split:
 class StreamedSplit:
   """Images on disk, read and decoded when they are asked for; otherwise like a `Split`."""
 
-  records: "_Records"  # or an image folder's
+  records: prepared.Records  # or an image folder's
   shape: tuple[int, int, int]  # H, W and C, to which all are resized
   workers: int  # processes that read ahead
 
@@ -127,7 +101,7 @@ class StreamedSplit:
           self.read([row], images[i : i + 1], labels[i : i + 1])
         return  # it could be read after all
       raise DataError(
-        f"{self.records.file(rows[0])} can't be read: {_first_line(error)} {_NOTHING_DELETED}"
+        f"{self.records.file(rows[0])} can't be read: {first_line(error)} {NOTHING_DELETED}"
       ) from error
 
 
@@ -170,7 +144,7 @@ def resolve(data_config: ConfigDict) -> ConfigDict:
   print(_boxed(notice), file=sys.stderr, flush=True)
   data_config = data_config.copy_and_resolve_references()
   data_config.name = data_config.fallback
-  _prepared_builder(data_config)
+  _open(data_config)
   return data_config
 
 
@@ -193,37 +167,24 @@ def foresee(data_config: ConfigDict, train_images: int | None = None) -> Dataset
   """
   if data_config.name.startswith(_FOLDER):
     return describe(data_config)
-  builder = _image_builder(data_config)
+  source = prepared.foresee(data_config)
   if train_images:
-    source = _TfdsSet(builder, {})
     sizes = {"train": train_images}
     return DatasetInfo(data_config.name, source.class_names, source.image_shape, sizes)
-  if Path(builder.data_path).exists():
-    return describe(data_config)
-  if builder.name not in _SIZES:
+  if not source.sizes:
     raise DataError(
-      f"{builder.name} is not prepared in {_data_dir(data_config)}, and how many images it has is "
-      "known only then: --images=N says how many train."
+      f"{data_config.name} is not prepared in {prepared.data_dir(data_config)}, and how many "
+      "images it has is known only then: --images=N says how many train."
     )
-  return _describe(_TfdsSet(builder, _splits_to_come(builder)), data_config)
+  return _describe(source, data_config)
 
 
-def _splits_to_come(builder):
-  """The splits that a dataset of _SIZES will have once it is prepared, as TFDS describes them."""
-  import tensorflow_datasets as tfds
-
-  splits = []
-  for name, size in _SIZES[builder.name].items():
-    template = tfds.core.ShardedFileTemplate(  # of no file: TFDS cuts no split without
-      data_dir=builder.data_path,
-      dataset_name=builder.name,
-      split=name,
-      filetype_suffix="array_record",
-    )
-    splits.append(
-      tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0, filename_template=template)
-    )
-  return tfds.core.splits.SplitDict(splits)
+def move(data_config: ConfigDict, folder: str) -> None:
+  """Has a dataset that has moved be looked for in `folder`: of TFDS's sets, or the images' own."""
+  if data_config.name.startswith(_FOLDER):
+    data_config.name = _FOLDER + folder
+  else:
+    data_config.data_dir = folder
 
 
 def _describe(source, data_config) -> DatasetInfo:
@@ -250,236 +211,7 @@ def _open(data_config):
 
     path = Path(data_config.name.removeprefix(_FOLDER)).expanduser().absolute()
     return open_folder(path, data_config.skip_broken)
-  builder = _prepared_builder(data_config)
-  return _TfdsSet(builder, builder.info.splits)
-
-
-class _TfdsSet:
-  """A dataset of TFDS, prepared or to come."""
-
-  def __init__(self, builder, splits):
-    self._splits = splits
-    self.class_names = _class_names(builder)
-    height, width, channels = builder.info.features["image"].shape
-    self.image_shape = (height, width, channels or 3)
-    self.sizes = {name: split.num_examples for name, split in self._splits.items()}
-
-  def records(self, instruction):
-    return _Records(self._splits[instruction].file_instructions)
-
-
-class _Records:
-  """Encoded images and their labels, by index: those of a split in ArrayRecord files."""
-
-  def __init__(self, files):
-    self._files = files
-    lengths = [f.examples_in_shard - f.skip if f.take == -1 else f.take for f in files]
-    self._ends = np.cumsum(lengths)
-
-  def __len__(self):
-    return int(self._ends[-1]) if len(self._ends) else 0
-
-  @functools.cached_property
-  def _source(self):
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-    return ArrayRecordDataSource(self._files)
-
-  def __getstate__(self):  # for worker processes, which open the files themselves
-    return {key: value for key, value in vars(self).items() if key != "_source"}
-
-  def read(self, rows):
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    records = []
-    for record in self._source.__getitems__(rows):
-      # TFDS's own features.deserialize_example_np takes three times as long.
-      feature = tf_example_pb2.Example.FromString(record).features.feature
-      label = feature["label"].int64_list.value[0]
-      records.append((feature["image"].bytes_list.value[0], label))
-    return records
-
-  def file(self, row):
-    return self._files[np.searchsorted(self._ends, row, side="right")].filename
-
-
-def _class_names(builder):
-  """Names from disk; numbers where the dataset has none. TFDS reads over a damaged file."""
-  label = builder.info.features["label"]
-  path = Path(label.get_names_filepath(builder.data_path, "label"))
-  if not path.exists():
-    return tuple(label.names)
-  names = path.read_text(errors="replace").split("\n")
-  names = tuple(name.strip() for name in names if name.strip())
-  if len(set(names)) != label.num_classes:
-    raise DataError(
-      f"{path} is damaged: {len(set(names))} names for {label.num_classes} classes. "
-      f"{_NOTHING_DELETED}"
-    )
-  return names
-
-
-def _image_builder(data_config):
-  """The TFDS builder of an image-classification set; nothing is prepared yet."""
-  builder = _builder(data_config.name, _data_dir(data_config))
-  features = builder.info.features
-  if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
-    raise DataError(
-      f"{builder.name} is no image-classification dataset: it needs the features image and label, "
-      f"and has {', '.join(features)}."
-    )
-  if features["image"].np_dtype != np.uint8:
-    raise DataError(f"{builder.name} has {features['image'].np_dtype} images: only uint8 is read.")
-  return builder
-
-
-def _prepared_builder(data_config):
-  """A TFDS builder whose data is on disk as ArrayRecord; downloads or draws the data if need be."""
-  builder = _image_builder(data_config)
-  folder = Path(builder.data_path)
-  if not folder.exists():
-    _prepare(builder, data_config)
-  elif not builder.is_prepared():
-    raise DataError(f"{folder} is half-written: it has no dataset_info.json. {_NOTHING_DELETED}")
-  if builder.info.file_format.value != "array_record":
-    raise DataError(
-      f"{folder} is prepared as {builder.info.file_format.value}, which can't be read by index. "
-      f"Prepare it as ArrayRecord in another folder: "
-      f"python -m train.data prepare --name {data_config.name} --data_dir DIR"
-    )
-  return builder
-
-
-def _data_dir(data_config) -> Path:
-  """Where TFDS keeps its datasets."""
-  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return Path(data_config.data_dir or default).expanduser().absolute()
-
-
-def _builder(name, data_dir):
-  """The TFDS builder of a dataset, ours where we have one; nothing is prepared yet."""
-  import tensorflow_datasets as tfds  # imported late: half a second
-
-  from train.datasets import cifar, shapes100
-
-  ours = {
-    "cifar10": cifar.Cifar10,
-    "cifar100": cifar.Cifar100,
-    "shapes100": shapes100.Shapes100,
-  }
-  try:
-    if name in ours:
-      return ours[name](data_dir=data_dir)
-    with contextlib.redirect_stdout(io.StringIO()):  # where TFDS asks for TensorFlow
-      return tfds.builder(name, data_dir=data_dir)
-  except tfds.core.DatasetNotFoundError:
-    raise DataError(f"--config.data.name={name} is no dataset that TFDS knows.") from None
-  except ModuleNotFoundError as error:
-    raise DataError(f"TFDS's code for {name} needs a package: {_first_line(error)}") from error
-  except Exception as error:
-    path = _damaged_json(data_dir / name.split(":")[0])
-    raise DataError(f"{path} can't be read: {_first_line(error)} {_NOTHING_DELETED}") from error
-
-
-def _damaged_json(folder):
-  """The file that is no JSON, below a dataset's folder; the folder if there is none."""
-  for path in sorted(folder.rglob("*.json")):
-    try:
-      json.loads(path.read_bytes())
-    except ValueError:
-      return path
-  return folder
-
-
-def _prepare(builder, data_config):
-  """Has TFDS write the dataset to disk, from its archive or URL. TFDS does so atomically."""
-  import requests
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-
-  if data_config.archive:
-    _use_archive(builder, data_config)
-  else:
-    _require_reachable(builder, data_config)
-  print(f"Preparing {builder.name} in {builder.data_path}", file=sys.stderr, flush=True)
-  if not sys.stderr.isatty():
-    tfds.disable_progress_bar()
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces each stage
-      builder.download_and_prepare(
-        file_format="array_record",
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-      )
-  except ModuleNotFoundError as error:
-    raise DataError(
-      f"TFDS prepares {builder.name} with a package that is not installed here: "
-      f"{_first_line(error)} Prepare it where there is one, with "
-      f'builder.download_and_prepare(file_format="array_record"), and copy the result to '
-      f"{builder.data_path}."
-    ) from error
-  except (requests.RequestException, NonMatchingChecksumError) as error:
-    # A download that broke off, or a proxy's page instead of the archive.
-    raise _unreachable(builder, data_config, _first_line(error)) from error
-  except Exception as error:
-    raise DataError(f"{builder.name} could not be prepared: {_first_line(error)}") from error
-
-
-def _use_archive(builder, data_config):
-  """Has the builder read the archive on disk, after a look at its checksum."""
-  from tensorflow_datasets.core.download import checksums
-
-  archive = Path(data_config.archive).expanduser()
-  if not hasattr(builder, "archive"):
-    raise DataError(f"Only cifar10 and cifar100 are prepared from an archive, not {builder.name}.")
-  if not archive.is_file():
-    raise DataError(f"--config.data.archive={archive} is no file.")
-  (expected,) = builder.url_infos.values()
-  found = checksums.compute_url_info(archive)
-  if (found.size, found.checksum) != (expected.size, expected.checksum):
-    raise DataError(
-      f"{archive} is not {expected.filename} as published, or damaged.\n"
-      f"  expected {expected.size:,} bytes, sha256 {expected.checksum}\n"
-      f"  found    {found.size:,} bytes, sha256 {found.checksum}"
-    )
-  builder.archive = str(archive)
-
-
-def _require_reachable(builder, data_config, timeout=8):
-  """Raises if the dataset's host does not answer: TFDS would try again for over three minutes."""
-  url = next(iter(builder.url_infos or ()), None)
-  if url is None:  # drawn on the spot, or not known beforehand
-    return
-  answer = [f"no answer within {timeout} seconds"]
-
-  def ask():
-    try:
-      with urllib.request.urlopen(url, timeout=timeout):  # through the proxies of the environment
-        answer[0] = ""
-    except Exception as error:
-      answer[0] = str(getattr(error, "reason", error))
-
-  thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no timeout
-  thread.start()
-  thread.join(timeout)
-  if answer[0]:
-    raise _unreachable(builder, data_config, f"{url} can't be reached ({answer[0]}).")
-
-
-def _unreachable(builder, data_config, reason) -> UnreachableError:
-  ways_out = (
-    "a folder with it, from TFDS:  --config.data.data_dir=DIR (or TFDS_DATA_DIR=DIR)",
-    "its archive, if on disk:      --config.data.archive=FILE (cifar10, cifar100)",
-    f"the embedded dataset:         --config.data.name={_EMBEDDED}",
-  )
-  return UnreachableError(
-    f"{builder.name} is not prepared in {_data_dir(data_config)}, and {reason}\n"
-    "Three ways out:\n  " + "\n  ".join(ways_out)
-  )
-
-
-def _first_line(error):
-  text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0].rstrip(".") + "."
+  return prepared.open_prepared(data_config)
 
 
 def _boxed(text):
@@ -491,7 +223,9 @@ def _boxed(text):
 # Reading ------------------------------------------------------------------------------------------
 
 
-def load(data_config: ConfigDict, image_size: int, splits: tuple[str, ...] = SPLITS) -> Dataset:
+def load(
+  data_config: ConfigDict, image_size: int, splits: tuple[str, ...] = SPLITS, sharers: int = 1
+) -> Dataset:
   """Opens a dataset, prepared first if need be, and reads it into memory if it fits.
 
   Args:
@@ -499,14 +233,14 @@ def load(data_config: ConfigDict, image_size: int, splits: tuple[str, ...] = SPL
     image_size: height and width in pixels to which images are resized where the dataset's differ
       in size; where all have one size, they are kept as they are.
     splits: which of "train", "validation" and "test" to open.
+    sharers: processes that open it on this host at the same time, and share memory and cores.
   Raises:
     DataError: the dataset is out of reach or broken.
   """
   info = describe(data_config)
   source = _open(data_config)
   shape = info.shape_in_memory(image_size)
-  cores = os.cpu_count() or 1
-  workers = data_config.workers or max(1, min(cores // 2, _MAX_WORKERS))
+  workers = data_config.workers or max(1, min(cores() // 2, _MAX_WORKERS // sharers))
   opened = {
     split: StreamedSplit(source.records(data_config[f"{split}_split"]), shape, workers)
     for split in splits
@@ -515,7 +249,7 @@ def load(data_config: ConfigDict, image_size: int, splits: tuple[str, ...] = SPL
   memory = psutil.virtual_memory()
   limit = data_config.in_memory_bytes
   limit = memory.total // 4 if limit is None else limit
-  if needed <= min(limit, memory.available):
+  if needed * sharers <= min(limit, memory.available):
     opened = {name: _read(split) for name, split in opened.items()}
   return Dataset(info.name, info.class_names, **opened)
 
@@ -629,8 +363,8 @@ def main() -> None:
     elif unknown:
       parser.error(f"unknown argument {unknown[0]!r}")
     else:
-      folder = _prepared_builder(ConfigDict(vars(arguments))).data_path
-      print(f"{arguments.name} is prepared in {folder}")
+      dataset = prepared.open_prepared(ConfigDict(vars(arguments)))
+      print(f"{arguments.name} is prepared in {dataset.folder}")
   except DataError as error:
     # `prepare` has the same flags, without the prefix.
     prefix = "--" if arguments.command == "prepare" else "--config.data."

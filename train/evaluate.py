@@ -63,7 +63,7 @@ def main() -> None:
     microbatch = microbatch_size(config, mesh)
     trained = checkpoint.load_trained_model(arguments.workdir, mesh)
     if arguments.data_dir:
-      config.data.data_dir = arguments.data_dir
+      data.move(config.data, arguments.data_dir)
     dataset = data.load(config.data, config.model.image_size, splits=(arguments.split,))
   except (ConfigError, WorkdirError) as error:
     flags.fail(error, 1)

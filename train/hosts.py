@@ -6,12 +6,16 @@ the same order; what a single one would decide for itself (a signal, a clock) is
 
 import argparse
 import contextlib
+import json
 import os
+import socket
 import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from train import flags
+from train.interrupt import Interrupted
 from train.mesh import by_example
 
 LOST = 75  # exit status where another process is missing or lost: sysexits' "try again"
@@ -56,7 +61,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     _keep_stdout_for_the_first()
     yield
   except SystemExit as end:
-    if end.code in (1, 2, LOST):
+    if not isinstance(end.__context__, Interrupted):  # which all processes have agreed on
       _leave(end.code)
     raise
   except Exception:
@@ -137,6 +142,35 @@ def first_goes_first() -> Iterator[None]:
     multihost_utils.sync_global_devices("after the first")
 
 
+class Disagreement(ValueError):
+  """The processes of a run do not do the same. The message is the complete text for the user."""
+
+
+def require_same(what: str, content: Any) -> None:
+  """Raises Disagreement unless `content` is the same in all processes.
+
+  Args:
+    content: of JSON's types.
+  """
+  checksum = np.uint32(zlib.crc32(json.dumps(content, sort_keys=True).encode()))
+  if len(set(multihost_utils.process_allgather(checksum).reshape(-1).tolist())) > 1:
+    raise Disagreement(
+      f"the processes of this run differ in {what}, which must be the same for all"
+    )
+
+
+def processes_here() -> int:
+  """How many of the run's processes are on this host."""
+  host = np.uint32(zlib.crc32(socket.gethostname().encode()))
+  return int((multihost_utils.process_allgather(host) == host).sum())
+
+
+def is_loss_of_another(error: jax.errors.JaxRuntimeError) -> bool:
+  """Whether a process has ended, or can't be reached, that this one has to do with."""
+  signs = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Gloo", "NCCL", "Connection")
+  return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
+
+
 def time_of_first() -> int:
   """Seconds since 1970, by the clock of the first process."""
   return int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))
@@ -168,3 +202,7 @@ class Agreement:
     before = self._before
     self._before = self._largest(jax.make_array_from_process_local_data(self._votes, votes))
     return int(before)
+
+  def forget(self) -> None:
+    """Drops what was cast and is not answered yet: whoever still wants it will vote again."""
+    self._before = 0

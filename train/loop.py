@@ -43,6 +43,7 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
     ConfigError: the batch does not fit the devices.
     DataError: the dataset is out of reach or broken.
     WorkdirError: the folder can't be used, or holds a run with another config.
+    Disagreement: the processes of the run differ in config, dataset or workdir.
     Interrupted: a signal asked the run to stop; its state is saved.
     TrainingFailed: the loss is no longer a number.
   """
@@ -52,7 +53,10 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
     config.data = data.resolve(config.data)
     info = data.describe(config.data)
     workdir.claim(folder, config, info)
-  if summary := metrics.read_summary(folder):
+  summary = metrics.read_summary(folder)
+  run = [config.to_json(), info.sizes, info.class_names, (folder / "config.json").exists(), summary]
+  hosts.require_same("config, dataset or --workdir", run)
+  if summary:
     print(f"{folder} holds a finished run; another --workdir starts a new one.")
     return summary
   print(f"Reading {info.name} and compiling {config.model.name} takes a moment.", flush=True)
@@ -67,11 +71,12 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
     stop, checkpoints = stack.enter_context(StopRequest()), stack.enter_context(Checkpoints(folder))
     step = make_train_step(config, info.num_classes, microbatch, mesh)
     compiling = compile_in_background(step, init, config, info, mesh)
-    dataset = data.load(config.data, config.model.image_size)
+    dataset = data.load(config.data, config.model.image_size, sharers=hosts.processes_here())
     compiled, _ = compiling.result()
     if stop.signum and jax.process_count() == 1:  # several agree after the first call
       raise Interrupted(stop.signum)
 
+    hosts.require_same("the checkpoint that they see", checkpoints.last_label)
     state = checkpoints.restore_last(abstract)
     if state is None:
       state = init(*channel_statistics(dataset.train))
@@ -88,6 +93,7 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
       late = checkpoints.seconds_since_last > config.checkpoint_seconds
       if decision := agree(stop.signum or (_SAVE if late else 0)):
         checkpoints.save_last(state)
+        agree.forget()
       if decision > _SAVE:
         raise Interrupted(decision)
 
@@ -131,6 +137,7 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
         if int(state.best.epoch) == epoch:
           checkpoints.save_best(state)
         checkpoints.save_last(state)
+        agree.forget()
 
       best_epoch = int(state.best.epoch)
       progress.write(f"Testing the weights of epoch {best_epoch}.")

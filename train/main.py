@@ -58,16 +58,16 @@ def _run(config: ConfigDict, folder: epath.Path | None) -> None:
     flags.fail("stopped by SIGINT", 130)
   except check.ConfigError as error:
     flags.fail(error, 2)
-  except (DataError, WorkdirError, TrainingFailed) as error:
+  except (DataError, WorkdirError, TrainingFailed, hosts.Disagreement) as error:
     flags.fail(error, 1)
   except OSError as error:  # a full disk, a folder that may not be written
     flags.fail(f"{error.filename or folder}: {error.strerror or error}", 1)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error):
       flags.fail(_OUT_OF_MEMORY, 1)
-    if jax.process_count() == 1:
-      raise
-    flags.fail(f"another process of this run is lost: {error}", hosts.LOST)
+    if hosts.is_loss_of_another(error):
+      flags.fail(f"another process of this run is lost: {error}", hosts.LOST)
+    raise
   print(metrics.format_summary(summary, folder))
 
 

@@ -68,10 +68,14 @@ def _use_every_core(batch_size: int) -> None:
     return
   if "JAX_NUM_CPU_DEVICES" in os.environ:
     return
-  affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-  cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-  devices = next(n for n in range(cores, 0, -1) if batch_size % n == 0)
+  devices = next(n for n in range(cores(), 0, -1) if batch_size % n == 0)
   jax.config.update("jax_num_cpu_devices", devices)
+
+
+def cores() -> int:
+  """CPU cores that this process may use."""
+  affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+  return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

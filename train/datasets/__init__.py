@@ -1,1 +1,20 @@
-"""TFDS builders of our own: all of them prepare without TensorFlow."""
+"""Datasets: builders of our own, which prepare without TensorFlow, and what can go wrong."""
+
+NOTHING_DELETED = (
+  "Nothing was deleted. Move the folder away to have the dataset prepared anew, or choose another "
+  "with --config.data.data_dir."
+)
+
+
+class DataError(Exception):
+  """A dataset can't be used. The message is the complete text for the user."""
+
+
+class UnreachableError(DataError):
+  """The dataset is not on disk and can't be downloaded now."""
+
+
+def first_line(error: Exception) -> str:
+  """The first line of an error's message, as a sentence."""
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0].rstrip(".") + "."

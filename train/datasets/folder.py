@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from train.data import DataError
+from train.datasets import DataError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LISTED = 20  # broken images that a message names
@@ -52,7 +52,7 @@ class Folder:
       DataError: the folder is none, holds no images, or broken ones.
     """
     if not path.is_dir():
-      raise DataError(f"--config.data.name=folder:{path}: {path} is no folder.")
+      raise DataError(f"config.data.name = folder:{path}: that is no folder.")
     files = {
       split.name: {
         class_folder.name: [f for f in class_folder.iterdir() if f.suffix.lower() in _SUFFIXES]

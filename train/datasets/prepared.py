@@ -1,0 +1,309 @@
+"""Datasets of TFDS: found prepared on disk, or prepared, as ArrayRecord and without TensorFlow."""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import sys
+import threading
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from train.datasets import NOTHING_DELETED, DataError, UnreachableError, first_line
+
+_EMBEDDED = "shapes100"  # the embedded dataset: drawn on the spot, needs no network
+# Images of sets that are often planned for before they are there, from TFDS's catalog: TFDS itself
+# knows sizes of prepared sets only.
+_SIZES = {
+  "cifar10": {"train": 50_000, "test": 10_000},
+  "cifar100": {"train": 50_000, "test": 10_000},
+  "shapes100": {"train": 50_000, "test": 10_000},
+  "imagenet2012": {"train": 1_281_167, "validation": 50_000, "test": 100_000},
+}
+
+
+class TfdsSet:
+  """A dataset of TFDS, prepared or to come.
+
+  folder: where it is, or will be.
+  class_names: in the order of the labels.
+  image_shape: H, W and C; None where images differ in size.
+  sizes: images in each split; {} if the dataset is not there, and nobody knows.
+  """
+
+  def __init__(self, builder, splits):
+    self._splits = splits
+    self.folder = builder.data_path
+    self.class_names = _class_names(builder)
+    height, width, channels = builder.info.features["image"].shape
+    self.image_shape = (height, width, channels or 3)
+    self.sizes = {name: split.num_examples for name, split in self._splits.items()}
+
+  def records(self, instruction: str) -> "Records":
+    """Those of a split, or of a part of it.
+
+    Args:
+      instruction: in TFDS's notation, such as "train[:90%]".
+    Raises:
+      KeyError, ValueError, AssertionError: there is no such split.
+    """
+    return Records(self._splits[instruction].file_instructions)
+
+
+class Records:
+  """Encoded images and their labels, by index: those of a split in ArrayRecord files."""
+
+  def __init__(self, files: Sequence):
+    """files: TFDS's instructions, which file to read from where to where."""
+    self._files = files
+    lengths = [f.examples_in_shard - f.skip if f.take == -1 else f.take for f in files]
+    self._ends = np.cumsum(lengths)
+
+  def __len__(self):
+    return int(self._ends[-1]) if len(self._ends) else 0
+
+  @functools.cached_property
+  def _source(self):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    return ArrayRecordDataSource(self._files)
+
+  def __getstate__(self):  # for worker processes, which open the files themselves
+    return {key: value for key, value in vars(self).items() if key != "_source"}
+
+  def read(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
+    """PNGs or JPEGs as they are on disk, and labels."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    records = []
+    for record in self._source.__getitems__(rows):
+      # TFDS's own features.deserialize_example_np takes three times as long.
+      feature = tf_example_pb2.Example.FromString(record).features.feature
+      label = feature["label"].int64_list.value[0]
+      records.append((feature["image"].bytes_list.value[0], label))
+    return records
+
+  def file(self, row: int) -> str:
+    """The file that holds a record."""
+    return self._files[np.searchsorted(self._ends, row, side="right")].filename
+
+
+def open_prepared(data_config: ConfigDict) -> TfdsSet:
+  """A dataset that is on disk as ArrayRecord; downloaded or drawn first if need be.
+
+  Args:
+    data_config: `config.data`, or its `name`, `data_dir` and `archive`.
+  Raises:
+    DataError: the dataset is out of reach, broken, or no image-classification set.
+  """
+  builder = _prepared_builder(data_config)
+  return TfdsSet(builder, builder.info.splits)
+
+
+def foresee(data_config: ConfigDict) -> TfdsSet:
+  """A dataset that need not be there: nothing is downloaded or written.
+
+  Raises:
+    DataError: TFDS does not know the dataset, or what is on disk is broken.
+  """
+  builder = _image_builder(data_config)
+  if Path(builder.data_path).exists():
+    return open_prepared(data_config)
+  return TfdsSet(builder, _splits_to_come(builder))
+
+
+def _splits_to_come(builder):
+  """The splits that a dataset will have once it is prepared, as TFDS describes them, if known."""
+  import tensorflow_datasets as tfds
+
+  splits = []
+  for name, size in _SIZES.get(builder.name, {}).items():
+    template = tfds.core.ShardedFileTemplate(  # of no file: TFDS cuts no split without
+      data_dir=builder.data_path,
+      dataset_name=builder.name,
+      split=name,
+      filetype_suffix="array_record",
+    )
+    splits.append(
+      tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0, filename_template=template)
+    )
+  return tfds.core.splits.SplitDict(splits)
+
+
+def _class_names(builder):
+  """Names from disk; numbers where the dataset has none. TFDS reads over a damaged file."""
+  label = builder.info.features["label"]
+  path = Path(label.get_names_filepath(builder.data_path, "label"))
+  if not path.exists():
+    return tuple(label.names)
+  names = path.read_text(errors="replace").split("\n")
+  names = tuple(name.strip() for name in names if name.strip())
+  if len(set(names)) != label.num_classes:
+    raise DataError(
+      f"{path} is damaged: {len(set(names))} names for {label.num_classes} classes. "
+      f"{NOTHING_DELETED}"
+    )
+  return names
+
+
+def _image_builder(data_config):
+  """The TFDS builder of an image-classification set; nothing is prepared yet."""
+  builder = _builder(data_config.name, data_dir(data_config))
+  features = builder.info.features
+  if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
+    raise DataError(
+      f"{builder.name} is no image-classification dataset: it needs the features image and label, "
+      f"and has {', '.join(features)}."
+    )
+  if features["image"].np_dtype != np.uint8:
+    raise DataError(f"{builder.name} has {features['image'].np_dtype} images: only uint8 is read.")
+  return builder
+
+
+def _prepared_builder(data_config):
+  """A TFDS builder whose data is on disk as ArrayRecord; downloads or draws the data if need be."""
+  builder = _image_builder(data_config)
+  folder = Path(builder.data_path)
+  if not folder.exists():
+    _prepare(builder, data_config)
+  elif not builder.is_prepared():
+    raise DataError(f"{folder} is half-written: it has no dataset_info.json. {NOTHING_DELETED}")
+  if builder.info.file_format.value != "array_record":
+    raise DataError(
+      f"{folder} is prepared as {builder.info.file_format.value}, which can't be read by index. "
+      f"Prepare it as ArrayRecord in another folder: "
+      f"python -m train.data prepare --name {data_config.name} --data_dir DIR"
+    )
+  return builder
+
+
+def data_dir(data_config: ConfigDict) -> Path:
+  """Where TFDS keeps its datasets."""
+  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  return Path(data_config.data_dir or default).expanduser().absolute()
+
+
+def _builder(name, data_dir):
+  """The TFDS builder of a dataset, ours where we have one; nothing is prepared yet."""
+  import tensorflow_datasets as tfds  # imported late: half a second
+
+  from train.datasets import cifar, shapes100
+
+  ours = {
+    "cifar10": cifar.Cifar10,
+    "cifar100": cifar.Cifar100,
+    "shapes100": shapes100.Shapes100,
+  }
+  try:
+    if name in ours:
+      return ours[name](data_dir=data_dir)
+    with contextlib.redirect_stdout(io.StringIO()):  # where TFDS asks for TensorFlow
+      return tfds.builder(name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError:
+    raise DataError(f"--config.data.name={name} is no dataset that TFDS knows.") from None
+  except ModuleNotFoundError as error:
+    raise DataError(f"TFDS's code for {name} needs a package: {first_line(error)}") from error
+  except Exception as error:
+    path = _damaged_json(data_dir / name.split(":")[0])
+    raise DataError(f"{path} can't be read: {first_line(error)} {NOTHING_DELETED}") from error
+
+
+def _damaged_json(folder):
+  """The file that is no JSON, below a dataset's folder; the folder if there is none."""
+  for path in sorted(folder.rglob("*.json")):
+    try:
+      json.loads(path.read_bytes())
+    except ValueError:
+      return path
+  return folder
+
+
+def _prepare(builder, data_config):
+  """Has TFDS write the dataset to disk, from its archive or URL. TFDS does so atomically."""
+  import requests
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+  if data_config.archive:
+    _use_archive(builder, data_config)
+  else:
+    _require_reachable(builder, data_config)
+  print(f"Preparing {builder.name} in {builder.data_path}", file=sys.stderr, flush=True)
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces each stage
+      builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+      )
+  except ModuleNotFoundError as error:
+    raise DataError(
+      f"TFDS prepares {builder.name} with a package that is not installed here: "
+      f"{first_line(error)} Prepare it where there is one, with "
+      f'builder.download_and_prepare(file_format="array_record"), and copy the result to '
+      f"{builder.data_path}."
+    ) from error
+  except (requests.RequestException, NonMatchingChecksumError) as error:
+    # A download that broke off, or a proxy's page instead of the archive.
+    raise _unreachable(builder, data_config, first_line(error)) from error
+  except Exception as error:
+    raise DataError(f"{builder.name} could not be prepared: {first_line(error)}") from error
+
+
+def _use_archive(builder, data_config):
+  """Has the builder read the archive on disk, after a look at its checksum."""
+  from tensorflow_datasets.core.download import checksums
+
+  archive = Path(data_config.archive).expanduser()
+  if not hasattr(builder, "archive"):
+    raise DataError(f"Only cifar10 and cifar100 are prepared from an archive, not {builder.name}.")
+  if not archive.is_file():
+    raise DataError(f"--config.data.archive={archive} is no file.")
+  (expected,) = builder.url_infos.values()
+  found = checksums.compute_url_info(archive)
+  if (found.size, found.checksum) != (expected.size, expected.checksum):
+    raise DataError(
+      f"{archive} is not {expected.filename} as published, or damaged.\n"
+      f"  expected {expected.size:,} bytes, sha256 {expected.checksum}\n"
+      f"  found    {found.size:,} bytes, sha256 {found.checksum}"
+    )
+  builder.archive = str(archive)
+
+
+def _require_reachable(builder, data_config, timeout=8):
+  """Raises if the dataset's host does not answer: TFDS would try again for over three minutes."""
+  url = next(iter(builder.url_infos or ()), None)
+  if url is None:  # drawn on the spot, or not known beforehand
+    return
+  answer = [f"no answer within {timeout} seconds"]
+
+  def ask():
+    try:
+      with urllib.request.urlopen(url, timeout=timeout):  # through the proxies of the environment
+        answer[0] = ""
+    except Exception as error:
+      answer[0] = str(getattr(error, "reason", error))
+
+  thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no timeout
+  thread.start()
+  thread.join(timeout)
+  if answer[0]:
+    raise _unreachable(builder, data_config, f"{url} can't be reached ({answer[0]}).")
+
+
+def _unreachable(builder, data_config, reason) -> UnreachableError:
+  ways_out = (
+    "a folder with it, from TFDS:  --config.data.data_dir=DIR (or TFDS_DATA_DIR=DIR)",
+    "its archive, if on disk:      --config.data.archive=FILE (cifar10, cifar100)",
+    f"the embedded dataset:         --config.data.name={_EMBEDDED}",
+  )
+  return UnreachableError(
+    f"{builder.name} is not prepared in {data_dir(data_config)}, and {reason}\n"
+    "Three ways out:\n  " + "\n  ".join(ways_out)
+  )
