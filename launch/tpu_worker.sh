@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu_vm.sh does on each TPU worker. It is not meant to be called by hand.
 #
-#   tpu_worker.sh install COMMIT EXTRAS [PACKAGE ...]  makes the environment
+#   tpu_worker.sh install COMMIT EXTRAS  makes the environment
 #   tpu_worker.sh start ARGUMENT ...                   starts training, apart from this session
 #   tpu_worker.sh status                               one line: WORKER host commit state stop
 #   tpu_worker.sh stop                                 asks training to save and stop; waits
@@ -44,13 +44,12 @@ make_venv() {
   python3 -m uv venv --seed --python 3.12 "$run/venv"
 }
 
-install() { # COMMIT EXTRAS PACKAGE ...
+install() { # COMMIT EXTRAS
   local commit=$1 extras=$2
-  shift 2
   rm -f "$run/commit" # whoever is interrupted here has nothing installed
   [[ -x $python ]] || make_venv
   (cd "$run/code" &&
-    "$python" -m pip install --quiet --constraint constraints.txt --editable ".[$extras]" "$@")
+    "$python" -m pip install --quiet --constraint constraints.txt --editable ".[$extras]")
   rm -f "$run/status" "$run/stopping" "$run/pid"
   printf '%s\n' "$commit" >"$run/commit"
 }

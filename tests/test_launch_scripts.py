@@ -171,7 +171,7 @@ def test_tpu_run_creates_sets_up_and_trains(tpu, repository):
   assert trainings(tpu) == [1, 1]
   pip = [call[1:] for call in tpu.calls() if call[:3] == ["python", "-m", "pip"]]
   assert pip == 2 * [
-    *([shlex.split("-m pip install --quiet --constraint constraints.txt --editable .[tpu] gcsfs")]),
+    *([shlex.split("-m pip install --quiet --constraint constraints.txt --editable .[tpu,gcs]")]),
   ]
   commit = subprocess.check_output(["git", "-C", repository, "rev-parse", "HEAD"], text=True)
   assert (tpu.folder / "worker1/mlp_models_run/commit").read_text() == commit

@@ -28,7 +28,7 @@ class Checkpoints:
   """
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
-    if "://" not in str(folder):
+    if workdir.is_local(folder):
       folder = folder.absolute()  # orbax takes no other
     folder = folder / "checkpoints"
     self._saved_at = time.monotonic()

