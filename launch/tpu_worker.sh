@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu_vm.sh does on each TPU worker. It is not meant to be called by hand.
 #
-#   tpu_worker.sh install COMMIT EXTRAS  makes the environment
+#   tpu_worker.sh install COMMIT EXTRAS                makes the environment
 #   tpu_worker.sh start ARGUMENT ...                   starts training, apart from this session
 #   tpu_worker.sh status                               one line: WORKER host commit state stop
 #   tpu_worker.sh stop                                 asks training to save and stop; waits

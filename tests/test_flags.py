@@ -23,6 +23,9 @@ BAD = [
   ("--config.seed=-1", "config.seed = -1", 2),
   ("--config.microbatch=5", "microbatch=5 does not divide a device's 16 images", 2),
   ("--config.batch_size=100", "batch_size=100 does not divide by 8 devices", 2),
+  ("--config.mesh.fsdp=3", "config.mesh = -1 x 3: 8 devices do not divide by 3", 2),
+  ("--config.mesh.data=0", "config.mesh.data = 0: at least 1, or -1", 2),
+  ("--coordinator=localhost:1", "--process_id and --processes go together: give all three", 2),
 ]
 
 

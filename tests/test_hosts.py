@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,3 +120,22 @@ def test_run_moves_between_meshes_and_processes(name, flags, tmp_path):
     _, error = process.communicate(timeout=200)
     assert process.returncode == (0 if stop_after is None else 143), error
   assert_same_curves(folder, expected)
+
+
+def test_processes_that_differ_in_their_config_do_not_train(tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    coordinator = f"localhost:{free.getsockname()[1]}"
+  processes = [
+    start(
+      tmp_path / "run",
+      *("--coordinator", coordinator, "--processes=2", f"--process_id={index}"),
+      f"--config.seed={index}",
+      devices=1,
+    )
+    for index in range(2)
+  ]
+  for process in processes:
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "error: the processes of this run differ in config, dataset or --workdir" in error

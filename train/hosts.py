@@ -28,6 +28,7 @@ from train.interrupt import Interrupted
 from train.mesh import by_example
 
 LOST = 75  # exit status where another process is missing or lost: sysexits' "try again"
+_HOURS_TO_WAIT = 24  # while another process prepares a dataset
 _SECONDS_TO_MEET = 300  # that the first process waits for the last one to start
 
 
@@ -136,10 +137,18 @@ def _keep_stdout_for_the_first() -> None:
 def first_goes_first() -> Iterator[None]:
   """The first process goes through this block before the others: what it writes, they find."""
   if jax.process_index():
-    multihost_utils.sync_global_devices("after the first")
+    _wait_for_all("first")
   yield
   if not jax.process_index():
-    multihost_utils.sync_global_devices("after the first")
+    _wait_for_all("first")
+
+
+def _wait_for_all(key: str) -> None:
+  """Waits for hours if need be: on CPUs, devices that wait for each other give up after 30 s."""
+  if jax.process_count() > 1:
+    import orbax.checkpoint as ocp  # late: seconds
+
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_HOURS_TO_WAIT * 3_600_000)
 
 
 class Disagreement(ValueError):
@@ -147,11 +156,12 @@ class Disagreement(ValueError):
 
 
 def require_same(what: str, content: Any) -> None:
-  """Raises Disagreement unless `content` is the same in all processes.
+  """Waits for all processes, and raises Disagreement unless `content` is the same in all of them.
 
   Args:
     content: of JSON's types.
   """
+  _wait_for_all(what)
   checksum = np.uint32(zlib.crc32(json.dumps(content, sort_keys=True).encode()))
   if len(set(multihost_utils.process_allgather(checksum).reshape(-1).tolist())) > 1:
     raise Disagreement(
