@@ -16,9 +16,10 @@ import os
 import subprocess
 import sys
 
+import mlp_models
+
 DEVICES = (1, 2, 4, 8)
 MESHES = ((8, 1), (4, 2), (1, 8))
-MODELS = ("mixer", "fnet", "gmlp", "perceiver", "vit")
 
 # Assumed in `predict`.
 _CHIPS = (8, 16, 64, 256, 512)
@@ -121,7 +122,9 @@ def main() -> None:
   parser.add_argument("what", choices=("sent", "time", "predict"))
   parser.add_argument("plans", nargs="*", metavar="PLAN.json", help="of `predict`")
   parser.add_argument("--times", type=int, default=1, help="the plan's images a chip, in `predict`")
-  parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+  parser.add_argument(
+    "--models", nargs="+", choices=mlp_models.MODELS, default=list(mlp_models.MODELS)
+  )
   parser.add_argument(
     "--seconds", type=float, default=4.0, help="of each of five repeats of `time`"
   )
