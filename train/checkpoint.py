@@ -66,15 +66,13 @@ class Checkpoints:
 
   def save_last(self, state: TrainState) -> None:
     """Saves the state to continue from."""
-    # A last state that speaks of a best epoch must never be without its weights.
-    self._best.wait_until_finished()
     # After an epoch's last step and again after its evaluation the step is the same, the state not.
-    _save(self._last, state, int(state.step) + int(state.epoch))
+    self._save(self._last, state, int(state.step) + int(state.epoch))
     self._saved_at = time.monotonic()
 
   def save_best(self, state: TrainState) -> None:
     """Saves the weights of the best epoch so far."""
-    _save(self._best, state.weights(), int(state.epoch))
+    self._save(self._best, state.weights(), int(state.epoch))
 
   def restore_last(self, like: TrainState) -> TrainState | None:
     """The saved state, on whatever devices it was; None if there is none.
@@ -87,6 +85,16 @@ class Checkpoints:
   def restore_best(self, like: Weights, epoch: int | None = None) -> Weights | None:
     """The weights that were best after `epoch`, or so far; None if no epoch has ended yet."""
     return _restore(self._best, like, epoch)
+
+  def _save(self, manager: ocp.CheckpointManager, tree, label: int) -> None:
+    # One at a time. A last state that speaks of a best epoch must never be without its weights; and
+    # where processes wait for each other, the barriers of both managers bear the same names.
+    self._last.wait_until_finished()
+    self._best.wait_until_finished()
+    # A run that was killed after this save comes here again, with the same values up to rounding;
+    # orbax refuses to overwrite.
+    if label not in manager.all_steps():
+      manager.save(label, args=ocp.args.StandardSave(tree))
 
 
 class TrainedModel(NamedTuple):
@@ -114,13 +122,6 @@ def load_trained_model(folder: epath.Path, mesh: Mesh) -> TrainedModel:
   if weights is None:
     raise workdir.WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")
   return TrainedModel(config, info, make_model(config, info.num_classes), weights)
-
-
-def _save(manager: ocp.CheckpointManager, tree, label: int) -> None:
-  # A run that was killed after this save comes here again, with the same values up to rounding;
-  # orbax refuses to overwrite.
-  if label not in manager.all_steps():
-    manager.save(label, args=ocp.args.StandardSave(tree))
 
 
 def _restore(manager: ocp.CheckpointManager, like, label=None):
