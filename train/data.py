@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from train import flags
-from train.datasets import NOTHING_DELETED, DataError, UnreachableError, first_line, prepared
+from train.datasets import DataError, UnreachableError, first_line, prepared
 from train.mesh import cores
 
 SPLITS = ("train", "validation", "test")
@@ -101,7 +101,7 @@ class StreamedSplit:
           self.read([row], images[i : i + 1], labels[i : i + 1])
         return  # it could be read after all
       raise DataError(
-        f"{self.records.file(rows[0])} can't be read: {first_line(error)} {NOTHING_DELETED}"
+        f"{self.records.file(rows[0])} can't be read: {first_line(error)} {self.records.advice}"
       ) from error
 
 

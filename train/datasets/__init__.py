@@ -1,10 +1,5 @@
 """Datasets: builders of our own, which prepare without TensorFlow, and what can go wrong."""
 
-NOTHING_DELETED = (
-  "Nothing was deleted. Move the folder away to have the dataset prepared anew, or choose another "
-  "with --config.data.data_dir."
-)
-
 
 class DataError(Exception):
   """A dataset can't be used. The message is the complete text for the user."""

@@ -19,6 +19,8 @@ _LISTED = 20  # broken images that a message names
 class Records:
   """Encoded images and their labels, by index."""
 
+  advice = "Move it out of the folder, or save it anew as a PNG."  # to whom it can't be read
+
   def __init__(self, paths: Sequence[str], labels: Sequence[int]):
     self._paths, self._labels = paths, labels
 

@@ -14,8 +14,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from train.datasets import NOTHING_DELETED, DataError, UnreachableError, first_line
+from train.datasets import DataError, UnreachableError, first_line
 
+_NOTHING_DELETED = (
+  "Nothing was deleted. Move the folder away to have the dataset prepared anew, or choose another "
+  "with --config.data.data_dir."
+)
 _EMBEDDED = "shapes100"  # the embedded dataset: drawn on the spot, needs no network
 # Images of sets that are often planned for before they are there, from TFDS's catalog: TFDS itself
 # knows sizes of prepared sets only.
@@ -57,6 +61,8 @@ class TfdsSet:
 
 class Records:
   """Encoded images and their labels, by index: those of a split in ArrayRecord files."""
+
+  advice = _NOTHING_DELETED  # to whom a record can't be read
 
   def __init__(self, files: Sequence):
     """files: TFDS's instructions, which file to read from where to where."""
@@ -146,7 +152,7 @@ def _class_names(builder):
   if len(set(names)) != label.num_classes:
     raise DataError(
       f"{path} is damaged: {len(set(names))} names for {label.num_classes} classes. "
-      f"{NOTHING_DELETED}"
+      f"{_NOTHING_DELETED}"
     )
   return names
 
@@ -172,7 +178,7 @@ def _prepared_builder(data_config):
   if not folder.exists():
     _prepare(builder, data_config)
   elif not builder.is_prepared():
-    raise DataError(f"{folder} is half-written: it has no dataset_info.json. {NOTHING_DELETED}")
+    raise DataError(f"{folder} is half-written: it has no dataset_info.json. {_NOTHING_DELETED}")
   if builder.info.file_format.value != "array_record":
     raise DataError(
       f"{folder} is prepared as {builder.info.file_format.value}, which can't be read by index. "
@@ -210,7 +216,7 @@ def _builder(name, data_dir):
     raise DataError(f"TFDS's code for {name} needs a package: {first_line(error)}") from error
   except Exception as error:
     path = _damaged_json(data_dir / name.split(":")[0])
-    raise DataError(f"{path} can't be read: {first_line(error)} {NOTHING_DELETED}") from error
+    raise DataError(f"{path} can't be read: {first_line(error)} {_NOTHING_DELETED}") from error
 
 
 def _damaged_json(folder):
