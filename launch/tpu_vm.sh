@@ -44,10 +44,11 @@ TRAIN_ENV=${TRAIN_ENV:-}                  # for training: NAME=VALUE, separated 
 LOG_WORKER=${LOG_WORKER:-0}               # a number, or all
 
 POLL_SECONDS=${POLL_SECONDS:-30}          # between two questions
-SSH_TRIES=${SSH_TRIES:-10}                # unanswered in a row, after which the workers are lost
+SSH_TRIES=${SSH_TRIES:-10}                # unanswered in a row, after which a worker is lost
 SETUP_TRIES=${SETUP_TRIES:-3}             # a package server may be busy
 MAX_REQUESTS=${MAX_REQUESTS:-5}           # refused in a row, after which `run` and `create` give up
-MAX_CRASHES=${MAX_CRASHES:-3}             # ends of training that are neither failure nor preemption
+MAX_CRASHES=${MAX_CRASHES:-3}             # ends that are neither failure nor preemption, in a row
+CRASH_SECONDS=${CRASH_SECONDS:-3600}      # of training, after which an end begins a new row
 STRAGGLER_POLLS=${STRAGGLER_POLLS:-6}     # how long workers may outlive the first that has failed
 
 # --- Saying and running -------------------------------------------------------------------------
@@ -168,10 +169,11 @@ or: gcloud compute tpus queued-resources describe $NAME --project=$PROJECT --zon
 
 WORKERS="" # what they last said of themselves, a line each; see tpu_worker.sh
 WORKER_COUNT=0
+ANSWERED=no # whether one of them has, when they were last asked
 DRY_WORKERS="WORKER worker - new -"
 
 ask_once() {
-  local answer lines
+  local answer lines status=0
   # A worker without our code has nothing to say for itself.
   local question="if [ -e $WORKER_SCRIPT ]; then bash $WORKER_SCRIPT status; \
 else echo WORKER \$(hostname) - new -; fi"
@@ -180,14 +182,16 @@ else echo WORKER \$(hostname) - new -; fi"
     WORKERS=$DRY_WORKERS
     return
   fi
-  answer=$(on_workers all "$question" 2>"$SCRATCH/ssh") || return
-  WORKERS=$(grep '^WORKER ' <<<"$answer") || return
-  lines=$(wc -l <<<"$WORKERS")
-  ((lines >= WORKER_COUNT)) || return # one of them has not answered
+  answer=$(on_workers all "$question" 2>"$SCRATCH/ssh") || status=$?
+  lines=$(grep -c '^WORKER ' <<<"$answer") || true
+  if ((lines)); then ANSWERED=yes; else ANSWERED=no; fi
+  ((status == 0 && lines && lines >= WORKER_COUNT)) || return # one of them has not answered
+  WORKERS=$(grep '^WORKER ' <<<"$answer")
   WORKER_COUNT=$lines
 }
 
-# Fails where the workers are lost. This machine's own network may be down meanwhile.
+# Fails where some of the workers are lost. This machine's own network may be down meanwhile, and
+# training go on.
 ask() {
   local unanswered=0
   until ask_once; do
@@ -197,9 +201,11 @@ ask() {
     UNKNOWN) unanswered=0 ;;
     ACTIVE)
       if ((unanswered >= SSH_TRIES)); then
-        [[ $REACHED == yes ]] && return 1
-        # Anew would not help, and cost: it is a key, or a firewall.
+        [[ $REACHED == yes && $ANSWERED == yes ]] && return 1
+        # Anew would not help, and cost: it is a key, a firewall, or the network here.
         cat "$SCRATCH/ssh" >&2
+        [[ $REACHED == no ]] || die 1 "ssh reaches none of $NAME any more, which is ACTIVE: \
+training may go on, and the same command follows it again; if it is dead, delete it first"
         die 1 "ssh does not reach the workers of $NAME"
       fi
       ;;
@@ -320,10 +326,11 @@ follow() {
 # --- Commands -----------------------------------------------------------------------------------
 
 run() { # ARGUMENT ...
-  local crashes=0
+  local crashes=0 began
   trap 'say "training goes on; the same command follows it, stop ends it"; exit 130' INT
   while true; do
     make_active
+    began=$SECONDS
     if start "$@"; then
       follow
     elif ask; then # they are there, and could not start it
@@ -346,6 +353,7 @@ run() { # ARGUMENT ...
       ;;
     failed) die "$STATUS" "training failed with status $STATUS: launch/tpu_vm.sh logs says why" ;;
     crashed)
+      ((SECONDS - began < CRASH_SECONDS)) || crashes=0
       crashes=$((crashes + 1))
       ((crashes <= MAX_CRASHES)) ||
         die 1 "training ended $crashes times with a status like $STATUS: see launch/tpu_vm.sh logs"

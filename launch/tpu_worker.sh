@@ -19,7 +19,7 @@ stop_seconds=${STOP_SECONDS:-60} # training takes up to 30
 
 # A lock, not a search for the pid: after a reboot the pid may be another process.
 is_running() {
-  [[ ! -e $run/status ]] && ! flock --nonblock "$run/lock" true
+  [[ ! -e $run/status ]] && ! flock --shared --nonblock "$run/lock" true
 }
 
 wait_until_ended() { # SECONDS
@@ -76,7 +76,7 @@ supervise() {
   local signalled
   trap 'signalled=yes' TERM # a machine that shuts down signals all; this one has a status to write
   exec 9>"$run/lock"
-  flock --nonblock 9
+  flock --timeout 5 9 # `is_running` has it for a moment
   cd "$run/code"
   "$python" -m train.main "$@" & # has the lock too: it is held as long as either lives
   local training=$! code

@@ -28,8 +28,8 @@ def gcloud(scenario: dict, arguments: list[str]) -> int:
 
   The scenario's `lives` say of each time that the slice is created:
     states: what `describe` answers, one after the other; the last one stays.
-    questions: how often the workers tell their status before `end`, which is a new state, or
-      "offline" (this machine loses its network for ten calls). ssh is dead from then on.
+    questions: how often the workers tell their status before `end`: a new state, with which ssh is
+      dead; "one lost" (it is, on one worker); "offline" (this machine, for ten calls).
   """
   verb = arguments[3]
   life = scenario["lives"][scenario["life"]] if scenario["exists"] else None
@@ -64,18 +64,23 @@ def _ssh(scenario: dict, life: dict, arguments: list[str]) -> int:
   if " status;" in command and "questions" in life:
     life["questions"] -= 1
     if life["questions"] < 0:
-      if life["end"] == "offline":
+      end = life["end"]
+      del life["questions"]
+      if end == "offline":
         scenario["offline"] = 10
-        del life["questions"]
+      elif end == "one lost":
+        life["lost"] = 1
       else:
-        life["states"], life["dead"] = [life["end"]], True
+        life["states"], life["dead"] = [end], True
         _take_workers_away()
       return _failed("client_loop: send disconnect: Broken pipe", 255)
+  lost = life.get("lost", 0)
   workers = [
     subprocess.Popen(["bash", "-c", command], cwd=w, env={**os.environ, "HOME": str(w)})
-    for w in WORKERS
+    for w in WORKERS[lost:]
   ]
-  return max(worker.wait() for worker in workers)
+  status = max(worker.wait() for worker in workers)
+  return _failed("ssh: connect to host: Connection timed out", 255) if lost else status
 
 
 def _failed(message: str, status: int = 1) -> int:

@@ -190,13 +190,21 @@ def test_tpu_preempted_run_is_created_anew_and_resumes(state, tpu):
   assert trainings(tpu) == [2, 2]
 
 
-def test_tpu_workers_that_no_longer_answer_are_replaced(tpu):
-  play_tpu(tpu, [ACTIVE | {"questions": 3, "end": "ACTIVE"}, ACTIVE], [["term"] * 2, [0, 0]])
+def test_tpu_slice_of_which_a_worker_no_longer_answers_is_replaced(tpu):
+  play_tpu(tpu, [ACTIVE | {"questions": 3, "end": "one lost"}, ACTIVE], [["term"] * 2, [0, 0]])
   assert tpu.run(*RUN)[0] == 0
   assert (verbs(tpu)["create"], verbs(tpu)["delete"]) == (2, 1)
   unanswered = [call[4] for call in tpu.calls() if call[0] == "gcloud"]
   lost = unanswered.index("delete")
   assert unanswered[lost - 6 : lost] == 3 * ["ssh", "describe"]  # SSH_TRIES=3
+
+
+def test_tpu_slice_that_ssh_does_not_reach_is_left_alone(tpu):
+  play_tpu(tpu, [ACTIVE | {"questions": 3, "end": "ACTIVE"}], [["term"] * 2])
+  status, _, errors = tpu.run(*RUN)
+  assert status == 1
+  assert "ssh reaches none of mlp-models any more, which is ACTIVE: training may go on" in errors
+  assert (verbs(tpu)["create"], verbs(tpu)["delete"], trainings(tpu)) == (1, 0, [1, 1])
 
 
 def test_tpu_run_sits_out_a_network_that_is_down_here(tpu):
@@ -241,6 +249,13 @@ def test_tpu_crashes_are_counted(tpu):
   assert status == 1
   assert "training ended 2 times with a status like 139" in errors
   assert trainings(tpu) == [2, 2]
+
+
+def test_tpu_crashes_after_long_training_are_not_added_up(tpu):
+  tpu.environment |= {"MAX_CRASHES": "1", "CRASH_SECONDS": "0"}
+  play_tpu(tpu, [ACTIVE], [*3 * [[139, 139]], [0, 0]])
+  assert tpu.run(*RUN)[0] == 0
+  assert trainings(tpu) == [4, 4]
 
 
 def test_tpu_worker_that_waits_for_a_failed_one_is_ended(tpu):
@@ -585,6 +600,7 @@ def test_kubernetes_numbers_agree(kind, nodes, resources):
   assert job["parallelism"] == job["completions"] == int(environment["PROCESSES"]) == nodes
   assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
   assert pod["restartPolicy"] == "Never"
+  assert pod["shareProcessNamespace"]  # or Python is deaf to SIGTERM while it starts
   assert pod["terminationGracePeriodSeconds"] > 30  # what training takes to save
   assert train["resources"] == {"limits": resources}
   assert ("nodeSelector" in pod) == (kind == "tpu")
@@ -629,7 +645,7 @@ def test_kubernetes_pod_that_waits_ends_on_sigterm(stage):
   pod = start_pod(stage, "gpu", "exit 2")
   stage.wait_for("getent.jsonl", 3)
   pod.send_signal(signal.SIGTERM)
-  assert stage.finish(pod)[0] == 143
+  assert stage.finish(pod)[0] == -signal.SIGTERM  # which a container has as 143
   assert stage.calls() == []
 
 
