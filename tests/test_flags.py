@@ -1,6 +1,7 @@
 """What a mistyped command line says: one line, before anything is loaded."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -43,6 +44,26 @@ def test_bad_flag_is_one_line(flag, message, status, monkeypatch, capsys, tmp_pa
   assert message in error
   assert error.count("\n") == 1
   assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ("workdir", "message"),
+  [
+    ("nowhere://bucket/run", "nowhere:// is unknown"),
+    pytest.param(
+      "gs://bucket/run",
+      "Please install gcsfs to access Google Storage. For gs://: pip install -c constraints.txt -e",
+      marks=pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed"),
+    ),
+  ],
+)
+def test_bucket_that_cannot_be_opened_is_a_wrong_flag(workdir, message, monkeypatch, capsys):
+  argv = ["train.main", "--config", "configs/mixer.py", "--workdir", workdir]
+  monkeypatch.setattr(sys, "argv", argv)
+  with pytest.raises(SystemExit) as exit:
+    main.main()
+  assert exit.value.code == 2
+  assert f"--workdir: {workdir}: {message}" in capsys.readouterr().err
 
 
 def test_unknown_config_file_and_variant(monkeypatch, capsys):

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 
 from train import data, flags
@@ -20,7 +19,7 @@ from train.check import ConfigError
 from train.mesh import make_mesh, microbatch_size, start_jax
 from train.state import Sums, Weights
 from train.step import make_eval_step
-from train.workdir import WorkdirError, read_config
+from train.workdir import WorkdirError, from_flag, read_config
 
 
 def evaluate(
@@ -49,7 +48,7 @@ def evaluate(
 def main() -> None:
   """Exit status: 0 done, 1 no usable run or dataset, 2 wrong flags."""
   parser = argparse.ArgumentParser(prog="python -m train.evaluate", allow_abbrev=False)
-  parser.add_argument("--workdir", type=epath.Path, required=True, help="of the run")
+  parser.add_argument("--workdir", type=from_flag, required=True, help="of the run")
   parser.add_argument("--split", default="test", choices=data.SPLITS)
   parser.add_argument("--data_dir", help="of the dataset, if it has moved since training")
   arguments = parser.parse_args()

@@ -10,10 +10,9 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from train import check, flags, hosts, mesh
+from train import check, flags, hosts, mesh, workdir
 from train.data import DataError
 from train.interrupt import Interrupted, TrainingFailed
-from train.workdir import WorkdirError
 
 _OUT_OF_MEMORY = """out of memory. Three knobs help:
   --config.microbatch=N            compute fewer images at a time (the result is the same)
@@ -28,7 +27,7 @@ def main() -> None:
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
   parser.add_argument(
     "--workdir",
-    type=epath.Path,
+    type=workdir.from_flag,
     help="where results land, a folder or gs://BUCKET/...; runs/MODEL-TIME if not given",
   )
   hosts.add_flags(parser)
@@ -58,7 +57,7 @@ def _run(config: ConfigDict, folder: epath.Path | None) -> None:
     flags.fail("stopped by SIGINT", 130)
   except check.ConfigError as error:
     flags.fail(error, 2)
-  except (DataError, WorkdirError, TrainingFailed, hosts.Disagreement) as error:
+  except (DataError, workdir.WorkdirError, TrainingFailed, hosts.Disagreement) as error:
     flags.fail(error, 1)
   except OSError as error:  # a full disk, a folder that may not be written
     flags.fail(f"{error.filename or folder}: {error.strerror or error}", 1)

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from etils import epath
 from PIL import Image, ImageOps
 
 from train import augment, batches, data, flags, mesh
 from train.checkpoint import TrainedModel, load_trained_model
-from train.workdir import WorkdirError
+from train.workdir import WorkdirError, from_flag
 
 TOP = 5
 
@@ -65,7 +64,7 @@ def read_image(path: str, shape: Sequence[int]) -> np.ndarray:
 def main() -> None:
   """Exit status: 0 all images answered, 1 some were not, or no usable run, 2 wrong flags."""
   parser = argparse.ArgumentParser(prog="python -m train.predict", allow_abbrev=False)
-  parser.add_argument("--workdir", type=epath.Path, required=True, help="of the run")
+  parser.add_argument("--workdir", type=from_flag, required=True, help="of the run")
   parser.add_argument("images", nargs="+", metavar="IMAGE", help="any file that Pillow reads")
   parser.add_argument("--json", action="store_true", help="one JSON object an image and line")
   arguments = parser.parse_args()

@@ -3,15 +3,18 @@
 A workdir is a folder, or anything else that etils.epath knows: gs://BUCKET/..., s3://...
 """
 
+import argparse
 import dataclasses
 import json
 
+import fsspec
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from configs import default
 from train.data import DatasetInfo
+from train.datasets import first_line
 
 # What changes nothing but where and how fast a run is computed: it may go on on another machine.
 _FREE_TO_DIFFER = (
@@ -33,6 +36,25 @@ _FREE_TO_DIFFER = (
 
 class WorkdirError(ValueError):
   """A workdir can't be used. The message is the complete text for the user."""
+
+
+def from_flag(text: str) -> epath.Path:
+  """A workdir as a command line names it.
+
+  Raises:
+    ArgumentTypeError: it is in a bucket that nothing installed here can open.
+  """
+  scheme, separator, _ = text.partition("://")
+  try:
+    if separator:
+      fsspec.get_filesystem_class(scheme)
+    return epath.Path(text)
+  except ImportError as error:
+    raise argparse.ArgumentTypeError(
+      f'{text}: {first_line(error)} For gs://: pip install -c constraints.txt -e ".[gcs]"'
+    ) from None
+  except (KeyError, ValueError):
+    raise argparse.ArgumentTypeError(f"{text}: {scheme}:// is unknown") from None
 
 
 def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo) -> None:
