@@ -99,6 +99,8 @@ def predict(paths: list[str], times: int) -> None:
   for path in paths:
     with open(path) as file:
       figures = json.load(file)
+    if figures["mesh"]["fsdp"] > 1:
+      sys.exit(f"{path}: a plan with fsdp=1 is needed: only all-reduces are extrapolated")
     chip, _, shape = figures["topology"].partition(":")
     axes = len(shape.split("x"))
     step = times * max(figures["seconds"]["compute"], figures["seconds"]["memory"])

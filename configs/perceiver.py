@@ -2,7 +2,7 @@
 
     python -m train.main --config configs/perceiver.py --workdir runs/perceiver
 
-9,697,637 parameters, 44 GFLOP an image and training step. Keras publishes 53 % top-1, 81 % top-5
+9,697,637 parameters, 31 GFLOP an image and training step. Keras publishes 53 % top-1, 81 % top-5
 after 40 epochs (with weight decay not multiplied by the learning rate:
 --config.optimizer.independent_weight_decay=True). Variants: small (for a laptop), smoke (seconds),
 imagenet (the paper's size, for a TPU slice; docs/planning.md says of which).

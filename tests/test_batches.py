@@ -121,6 +121,8 @@ def splits(**overrides) -> data.Dataset:
 @pytest.mark.parametrize("in_processes", [False, True])
 def test_streamed_batches_are_those_in_memory(in_processes):
   in_memory, streamed = splits(), splits(in_memory_bytes=0, workers=2)
+  assert isinstance(in_memory.train, data.Split)
+  assert isinstance(streamed.train, data.StreamedSplit)
   for name, seed, numbers in (("train", 3, range(7, 23)), ("test", None, None)):
     expected = batches(getattr(in_memory, name), 64, seed=seed, numbers=numbers)
     split = getattr(streamed, name)

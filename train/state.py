@@ -16,10 +16,12 @@ from ml_collections import ConfigDict
 
 import mlp_models
 from train import optimizer
-from train.data import CHUNK, DatasetInfo, Split, StreamedSplit
-from train.mesh import state_shardings
+from train.data import DatasetInfo, Split, StreamedSplit
+from train.mesh import cores, state_shardings
 
 Array = jax.Array
+
+_BYTES_AT_A_TIME = 2**22  # of images that a thread holds; OpenCV counts pixels in 32 bits
 
 
 class Sums(struct.PyTreeNode):
@@ -84,13 +86,15 @@ def channel_statistics(split: Split | StreamedSplit) -> tuple[np.ndarray, np.nda
   Of many images, 65,536 evenly spaced ones stand for all.
   """
   rows = np.linspace(0, len(split), min(len(split), 2**16), endpoint=False, dtype=int)
-  parts = np.split(rows, range(CHUNK, len(rows), CHUNK))  # OpenCV counts in 32 bits
+  image, _ = split[rows[:1]]
+  size = max(1, _BYTES_AT_A_TIME // image.nbytes)
+  parts = np.split(rows, range(size, len(rows), size))
 
   def mean_and_deviation(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     images, _ = split[part]
     return cv2.meanStdDev(images.reshape(-1, *images.shape[2:]))
 
-  with ThreadPoolExecutor() as threads:  # decoders need no lock
+  with ThreadPoolExecutor(cores()) as threads:  # decoders need no lock
     each = list(threads.map(mean_and_deviation, parts))
   means, deviations = np.asarray(each)[..., 0].swapaxes(0, 1)
   average = functools.partial(np.average, axis=0, weights=[len(part) for part in parts])
