@@ -40,7 +40,8 @@ def get_config() -> ConfigDict:
   config.data.data_dir = ""  # of TFDS; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
   config.data.archive = ""  # CIFAR archive on disk to prepare from, instead of a download
   config.data.fallback = ""  # set to use if `name` is neither prepared nor to be downloaded
-  # Bytes; larger sets are streamed from disk. None: a quarter of the host's memory.
+  # Bytes, of all copies on a host, one for each process; what takes more is streamed from disk.
+  # None: a quarter of the memory.
   config.data.in_memory_bytes = config_dict.placeholder(int)
   # Processes of Grain that decode what is streamed, for each process of JAX. None: half as many as
   # cores, 16 on a host at most.

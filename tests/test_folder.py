@@ -53,6 +53,8 @@ def test_folder_is_read_like_any_dataset(tmp_path):
   in_memory = data.load(config, image_size=16)
   config.in_memory_bytes = 0
   streamed = data.load(config, image_size=16)
+  assert isinstance(in_memory.train, data.Split)
+  assert isinstance(streamed.train, data.StreamedSplit)
   for name in data.SPLITS:
     images, labels = getattr(in_memory, name)[np.arange(info.sizes[name])]
     assert images.shape[1:] == (16, 16, 3)

@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_folder import make_folder
 from test_loop import COMMAND, numbers, saved_step, start
 
 from train import metrics
@@ -123,20 +125,50 @@ def test_run_moves_between_meshes_and_processes(name, flags, tmp_path):
   assert_same_curves(folder, expected)
 
 
-def test_processes_that_differ_in_their_config_do_not_train(tmp_path):
+def errors_of_two(folder: Path, flags_of: Callable[[int], list[str]]) -> list[str]:
+  """What two processes say that fail, each with its own flags."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     coordinator = f"localhost:{free.getsockname()[1]}"
   processes = [
     start(
-      tmp_path / "run",
+      folder,
       *("--coordinator", coordinator, "--processes=2", f"--process_id={index}"),
-      f"--config.seed={index}",
+      *flags_of(index),
       devices=1,
     )
     for index in range(2)
   ]
-  for process in processes:
-    _, error = process.communicate(timeout=100)
-    assert process.returncode == 1
+  errors = [process.communicate(timeout=100)[1] for process in processes]
+  assert [process.returncode for process in processes] == [1, 1]
+  return errors
+
+
+def test_processes_that_differ_in_their_config_do_not_train(tmp_path):
+  for error in errors_of_two(tmp_path / "run", lambda index: [f"--config.seed={index}"]):
     assert "error: the processes of this run differ in config, dataset or --workdir" in error
+
+
+def test_processes_tell_each_other_which_images_are_broken(tmp_path):
+  path = make_folder(tmp_path / "images")
+  broken = sorted((path / "train" / "dog").iterdir())[:4]  # two in the share of each process
+  for file in broken:
+    file.write_bytes(file.read_bytes()[:50])
+  for error in errors_of_two(tmp_path / "run", lambda _: [f"--config.data.name=folder:{path}"]):
+    assert "error: 4 images" in error
+    assert all(f"{file}: " in error for file in broken)
+
+
+@pytest.mark.parametrize(
+  ("name", "launcher"),
+  [("JOB_COMPLETION_INDEX", "Kubernetes"), ("OMPI_COMM_WORLD_SIZE", "Open MPI")],
+)
+def test_a_process_that_does_not_find_the_others_does_not_train(
+  name, launcher, tmp_path, monkeypatch
+):
+  monkeypatch.setenv(name, "3")
+  process = start(tmp_path / "run", devices=1)
+  _, error = process.communicate(timeout=100)
+  assert process.returncode == 2
+  assert f"error: {launcher} has started this process ({name}=3), and JAX does not find" in error
+  assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ from train.datasets import DataError, UnreachableError, first_line, prepared
 from train.mesh import cores
 
 SPLITS = ("train", "validation", "test")
-CHUNK = 1024  # images that a thread reads at a time
+_CHUNK = 1024  # images that a thread reads at a time
 _FOLDER = "folder:"  # in front of the path of an image folder
 _MAX_WORKERS = 16
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -120,7 +120,7 @@ class Dataset:
 
 
 def resolve(data_config: ConfigDict) -> ConfigDict:
-  """Makes sure that a dataset is there: finds it prepared, or prepares it.
+  """Makes sure that a dataset of TFDS is there: finds it prepared, or prepares it.
 
   Args:
     data_config: `config.data`; `fallback` names the dataset to use if `name` is out of reach.
@@ -129,8 +129,10 @@ def resolve(data_config: ConfigDict) -> ConfigDict:
   Raises:
     DataError: the dataset is broken, or out of reach with no fallback.
   """
+  if data_config.name.startswith(_FOLDER):
+    return data_config  # `describe` says what is wrong with it
   try:
-    _open(data_config)
+    prepared.open_prepared(data_config)
     return data_config
   except UnreachableError as error:
     if not data_config.fallback:
@@ -144,12 +146,14 @@ def resolve(data_config: ConfigDict) -> ConfigDict:
   print(_boxed(notice), file=sys.stderr, flush=True)
   data_config = data_config.copy_and_resolve_references()
   data_config.name = data_config.fallback
-  _open(data_config)
+  prepared.open_prepared(data_config)
   return data_config
 
 
 def describe(data_config: ConfigDict) -> DatasetInfo:
-  """Classes, image shape and split sizes; prepares the dataset if need be, but reads no image.
+  """Classes, image shape and split sizes; prepares the dataset if need be, but keeps no image.
+
+  A call for all processes: of a folder, each looks at a share of the images.
 
   Raises:
     DataError: the dataset is out of reach, broken, or no image-classification set.
@@ -246,12 +250,32 @@ def load(
     for split in splits
   }
   needed = sum(map(len, opened.values())) * int(np.prod(shape))
-  memory = psutil.virtual_memory()
   limit = data_config.in_memory_bytes
-  limit = memory.total // 4 if limit is None else limit
-  if needed * sharers <= min(limit, memory.available):
+  limit = memory_limit() // 4 if limit is None else limit
+  if needed * sharers <= min(limit, psutil.virtual_memory().available):
     opened = {name: _read(split) for name, split in opened.items()}
   return Dataset(info.name, info.class_names, **opened)
+
+
+def memory_limit(root: Path = Path("/")) -> int:
+  """Bytes that this process may use: the host's, or those of its container or job (Linux cgroups).
+
+  Args:
+    root: of the file system, for tests.
+  """
+  limits = [psutil.virtual_memory().total]
+  groups = root / "proc/self/cgroup"
+  for line in groups.read_text().splitlines() if groups.exists() else []:
+    _, controllers, path = line.split(":", 2)
+    if controllers not in ("", "memory"):  # of version 2, and of version 1
+      continue
+    name = "memory.limit_in_bytes" if controllers else "memory.max"
+    group = root / "sys/fs/cgroup" / controllers / path.lstrip("/")
+    # Those above limit it, too. A container may see its own group as the topmost one.
+    for folder in (group, *group.parents):
+      if (folder / name).exists() and (text := (folder / name).read_text().strip()) != "max":
+        limits.append(int(text))
+  return min(limits)
 
 
 def _read(streamed: StreamedSplit) -> Split:
@@ -260,9 +284,9 @@ def _read(streamed: StreamedSplit) -> Split:
   labels = np.empty(len(streamed), np.int32)
   with concurrent.futures.ThreadPoolExecutor() as threads:
     chunks = []
-    for start in range(0, len(streamed), CHUNK):
-      part = slice(start, start + CHUNK)
-      rows = range(start, min(start + CHUNK, len(streamed)))
+    for start in range(0, len(streamed), _CHUNK):
+      part = slice(start, start + _CHUNK)
+      rows = range(start, min(start + _CHUNK, len(streamed)))
       chunks.append(threads.submit(streamed.read, rows, images[part], labels[part]))
     try:
       for chunk in chunks:

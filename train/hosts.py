@@ -6,6 +6,7 @@ the same order; what a single one would decide for itself (a signal, a clock) is
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import socket
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,12 +31,15 @@ from train.mesh import by_example
 LOST = 75  # exit status where another process is missing or lost: sysexits' "try again"
 _HOURS_TO_WAIT = 24  # while another process prepares a dataset
 _SECONDS_TO_MEET = 300  # that the first process waits for the last one to start
+_LAUNCHED_BY = {"OMPI_COMM_WORLD_SIZE": "Open MPI", "JOB_COMPLETION_INDEX": "Kubernetes"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags that say which process of which run this is, for where nothing else says it."""
   group = parser.add_argument_group(
-    "several hosts", "found out on TPU VMs, SLURM, Kubernetes and Open MPI; all three elsewhere"
+    "several hosts",
+    "found out on TPU VMs, SLURM, Open MPI (5 needs mpi4py) and Kubernetes (needs jax[k8s]); "
+    "elsewhere all three are needed",
   )
   group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
   group.add_argument("--process_id", type=int, metavar="N", help="of this process, from 0")
@@ -80,10 +84,13 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
   if given == [None] * 3:
     try:
       with _time_limit("--coordinator and its two flags help where a cluster is not found out"):
-        jax.distributed.initialize(initialization_timeout=2 * _SECONDS_TO_MEET)
+        jax.distributed.initialize(
+          cluster_detection_method=_detection(), initialization_timeout=2 * _SECONDS_TO_MEET
+        )
     except ValueError as error:
       if "coordinator_address" not in str(error):  # which JAX misses where there is no cluster
         raise
+      _require_alone()
     return
   if None in given:
     flags.fail("--coordinator, --process_id and --processes go together: give all three", 2)
@@ -101,6 +108,25 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
       cluster_detection_method="deactivate",
       initialization_timeout=2 * _SECONDS_TO_MEET,
     )
+
+
+def _detection() -> str | None:
+  """How JAX is to find the cluster; None: as it does by itself, which knows Open MPI up to 4."""
+  of_4, of_all = "OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"
+  has_mpi4py = importlib.util.find_spec("mpi4py") is not None
+  return "mpi4py" if of_all in os.environ and of_4 not in os.environ and has_mpi4py else None
+
+
+def _require_alone() -> None:
+  """Ends the process with one line if it was started as one of several that it can't find."""
+  for name, launcher in _LAUNCHED_BY.items():
+    if name in os.environ:
+      flags.fail(
+        f"{launcher} has started this process ({name}={os.environ[name]}), and JAX does not find "
+        "the others: give --coordinator, --process_id and --processes, install what --help names, "
+        "or say --processes=1 if it is alone",
+        2,
+      )
 
 
 @contextlib.contextmanager
@@ -151,6 +177,29 @@ def _wait_for_all(key: str) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_HOURS_TO_WAIT * 3_600_000)
 
 
+def share(items: Sequence) -> Sequence:
+  """This process' part of what is the same in all of them."""
+  if not jax.distributed.is_initialized():
+    return items
+  return items[jax.process_index() :: jax.process_count()]
+
+
+def gather(content: Any) -> list:
+  """What each process passes, in their order; waits for all of them.
+
+  Args:
+    content: of JSON's types.
+  """
+  if not jax.distributed.is_initialized():
+    return [content]
+  _wait_for_all("gather")
+  text = np.frombuffer(json.dumps(content).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.uint32(len(text))).reshape(-1)
+  padded = np.pad(text, (0, int(sizes.max()) - len(text)))
+  rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
 class Disagreement(ValueError):
   """The processes of a run do not do the same. The message is the complete text for the user."""
 
@@ -161,9 +210,8 @@ def require_same(what: str, content: Any) -> None:
   Args:
     content: of JSON's types.
   """
-  _wait_for_all(what)
-  checksum = np.uint32(zlib.crc32(json.dumps(content, sort_keys=True).encode()))
-  if len(set(multihost_utils.process_allgather(checksum).reshape(-1).tolist())) > 1:
+  checksum = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+  if len(set(gather(checksum))) > 1:
     raise Disagreement(
       f"the processes of this run differ in {what}, which must be the same for all"
     )
@@ -171,8 +219,8 @@ def require_same(what: str, content: Any) -> None:
 
 def processes_here() -> int:
   """How many of the run's processes are on this host."""
-  host = np.uint32(zlib.crc32(socket.gethostname().encode()))
-  return int((multihost_utils.process_allgather(host) == host).sum())
+  host = socket.gethostname()
+  return gather(host).count(host)
 
 
 def is_loss_of_another(error: jax.errors.JaxRuntimeError) -> bool:

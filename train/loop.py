@@ -51,7 +51,8 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
   microbatch = microbatch_size(config, mesh)
   with hosts.first_goes_first():
     config.data = data.resolve(config.data)
-    info = data.describe(config.data)
+  info = data.describe(config.data)
+  with hosts.first_goes_first():
     workdir.claim(folder, config, info)
   summary = metrics.read_summary(folder)
   run = [config.to_json(), info.sizes, info.class_names, (folder / "config.json").exists(), summary]

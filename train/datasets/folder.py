@@ -3,14 +3,15 @@
 import concurrent.futures
 import functools
 import hashlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from train import hosts
 from train.datasets import DataError
+from train.mesh import cores
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LISTED = 20  # broken images that a message names
@@ -57,7 +58,9 @@ class Folder:
       raise DataError(f"config.data.name = folder:{path}: that is no folder.")
     files = {
       split.name: {
-        class_folder.name: [f for f in class_folder.iterdir() if f.suffix.lower() in _SUFFIXES]
+        class_folder.name: sorted(
+          f for f in class_folder.iterdir() if f.suffix.lower() in _SUFFIXES
+        )
         for class_folder in _folders(split)
       }
       for split in _folders(path)
@@ -105,7 +108,7 @@ class Folder:
 
 @functools.lru_cache(maxsize=1)
 def open_folder(path: Path, skip_broken: bool) -> Folder:
-  """The dataset of a folder, whose images are looked at once."""
+  """The dataset of a folder, whose images are looked at once; a call for all processes."""
   return Folder(path, skip_broken)
 
 
@@ -128,9 +131,11 @@ def _broken(files: Sequence[Path]) -> dict[Path, str]:
     except Exception as error:  # Pillow's decoders raise what they like
       return str(error).splitlines()[0] if str(error) else type(error).__name__
 
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:  # decoders need no lock
-    reasons = zip(files, threads.map(look, files), strict=True)
-    return {file: reason for file, reason in reasons if reason}
+  mine = hosts.share(files)
+  with concurrent.futures.ThreadPoolExecutor(cores()) as threads:  # decoders need no lock
+    reasons = zip(mine, threads.map(look, mine), strict=True)
+    found = [(str(file), reason) for file, reason in reasons if reason]
+  return {Path(file): reason for part in hosts.gather(found) for file, reason in part}
 
 
 def _report(path: Path, broken: dict[Path, str], skipped: bool) -> None:
