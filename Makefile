@@ -14,8 +14,9 @@ train: setup
 	$(BIN)/python -m train.main --config configs/mixer.py --workdir runs/first \
 	  --config.epochs=2 --config.data.fallback=shapes100
 
+# Two files at a time: one alone leaves a core idle.
 test: setup
-	$(BIN)/python -m pytest -q -rs --no-fold-skipped -m "not slow"
+	$(BIN)/python -m pytest -q -rs --no-fold-skipped -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -rs --no-fold-skipped -m slow
