@@ -161,7 +161,7 @@ def _keras(pipe: Connection, name: str, backend: str) -> None:
   flags.quiet_libraries()
   config = _config(name)
   split = data.load(config.data, config.model.image_size, splits=("train",)).train
-  mean, variance = channel_statistics(split.images)
+  mean, variance = channel_statistics(split)
   ours = mlp_models.create(**config.model)
   model = keras_models.make(name, ours, config.augment.to_dict(), mean, variance)
   images = pipe.recv()

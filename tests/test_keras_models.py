@@ -5,22 +5,43 @@ Skipped without the extra [bench], which is larger than all the rest together.
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, cifar100_dir
 from test_golden import overrides
 from test_keras_weights import golden_weights
 
 import mlp_models
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras: make test-keras")
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec("keras") is None, reason="Keras: make test-keras"
+)
+
+
+def test_both_are_timed_by_turns():
+  command = [sys.executable, BENCHMARKS / "compare_keras.py", "--models", "mixer", "--json"]
+  output = subprocess.check_output(
+    [*command, "--rounds=2", "--seconds=0.5"],
+    cwd=BENCHMARKS.parent,
+    env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir())},
+    text=True,
+  )
+  row = json.loads(output.splitlines()[-1])
+  assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+  assert row["ours"] > 0 and row["keras"] > 0
+
+
 @pytest.mark.parametrize("name", mlp_models.MODELS)
 def test_the_models_that_are_timed_give_the_golden_logits(name, golden_images, monkeypatch):
   monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
-  monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+  monkeypatch.syspath_prepend(BENCHMARKS)
   import keras_models
 
   with np.load(GOLDEN / f"{name}.npz") as arrays:
