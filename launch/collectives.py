@@ -54,7 +54,7 @@ def count(text: str) -> list[Collective]:
   totals = collections.defaultdict(lambda: [0, 0])
   seen = set()
   for instructions in program.computations.values():
-    sizes = {x.name: sum(array.bytes for array in x.arrays) for x in instructions}
+    by_name = {x.name: x for x in instructions}
     for instruction in instructions:
       kind = instruction.opcode.removesuffix("-start")
       if kind not in _SENT:
@@ -64,15 +64,26 @@ def count(text: str) -> list[Collective]:
         if (kind, chain[1]) in seen:
           continue
         seen.add((kind, chain[1]))
+      # A TPU writes a reduce-scatter also as a fusion that cuts its part out of an all-reduce.
+      root = instructions[-1]
+      if root.opcode == "dynamic-slice" and instruction.name in root.operands:
+        kind = kind.replace("all-reduce", "reduce-scatter")
       group_size = _group_size(instruction.attributes, program.devices)
       if group_size > 1:
         total = totals[kind, group_size]
         total[0] += 1
-        total[1] += sum(sizes[operand] for operand in instruction.operands)
+        total[1] += sum(_bytes(operand, by_name) for operand in instruction.operands)
   return [
     Collective(kind, size, number, operand_bytes, _SENT[kind](size) * operand_bytes)
     for (kind, size), (number, operand_bytes) in sorted(totals.items())
   ]
+
+
+def _bytes(name: str, by_name: dict[str, hlo.Instruction]) -> int:
+  """Of the result of an instruction, before it is padded."""
+  while by_name[name].opcode == "pad":
+    name = by_name[name].operands[0]
+  return sum(array.bytes for array in by_name[name].arrays)
 
 
 def _group_size(attributes: str, devices: int) -> int:

@@ -225,41 +225,51 @@ def _of(figures: dict[str, Any]) -> str:
 def format_plan(figures: dict[str, Any]) -> str:
   """The figures for the terminal, 80 columns wide."""
   mesh, batch, devices = figures["mesh"], figures["batch_size"], figures["devices"]
-  lines = [
+  heading = [
     f"{figures['model']} ({figures['params']:,} parameters, {figures['dtype']}"
     f"{', remat' if figures['remat'] else ''}) on {figures['topology']}",
     f"{devices} devices: data {mesh['data']} x fsdp {mesh['fsdp']}; batch {batch:,}: "
     f"{batch // devices:,} a device, {figures['microbatch']:,} at a time",
     "",
     "a step, on each device:",
-    f"  HBM taken     {_of(figures)}, {_digits(figures['state_gib'])} of it for the state",
-    f"  FLOPs         {_short(figures['flops'])}",
+  ]
+  rows = [
+    ("HBM taken", f"{_of(figures)}, {_digits(figures['state_gib'])} of it for the state"),
+    ("FLOPs", _short(figures["flops"])),
   ]
   if "seconds" not in figures:
-    return "\n".join([*lines, "", f"does not fit: needs {_of(figures)}"])
-  lines.append(f"  HBM traffic   {_short(figures['hbm_bytes'])}B")
+    return "\n".join([*heading, *_aligned(rows), "", f"does not fit: needs {_of(figures)}"])
+  rows.append(("HBM traffic", f"{_short(figures['hbm_bytes'])}B"))
   for row in figures["collectives"]:
-    lines.append(
-      f"  {row['kind']:13} {row['count']} among {row['group_size']} devices: "
-      f"{_short(row['operand_bytes'])}B, {_short(row['wire_bytes'])}B sent"
-    )
+    sent = f"{_short(row['operand_bytes'])}B, {_short(row['wire_bytes'])}B sent"
+    rows.append((row["kind"], f"{row['count']} among {row['group_size']} devices: {sent}"))
   chip = chip_of(figures["topology"])
   peaks = {
     "compute": f"{_short(chip.flops)}FLOP/s",
     "memory": f"{_short(chip.hbm_bandwidth)}B/s",
     "interconnect": f"{_short(chip.ici_bandwidth)}B/s",
   }
-  lines += ["", "a step takes at least:"]
+  times = []
   for name, seconds in figures["seconds"].items():
     mark = "  <- the largest" if name == figures["bound_by"] else ""
-    lines.append(f"  {name:13} {_digits(1e3 * seconds)} ms at {peaks[name]}{mark}")
-  lines += [
+    times.append((name, f"{_digits(1e3 * seconds)} ms at {peaks[name]}{mark}"))
+  lines = [
+    *heading,
+    *_aligned(rows),
+    "",
+    "a step takes at least:",
+    *_aligned(times),
     "",
     f"at most {figures['images_per_second']:,.0f} images/s: {figures['epochs']} epochs of "
     f"{figures['train_images']:,} images in {_duration(figures['hours'])}",
     "fits" if figures["fits"] else f"does not fit: needs {_of(figures)}",
   ]
   return "\n".join(lines)
+
+
+def _aligned(rows: list[tuple[str, str]]) -> list[str]:
+  width = max(13, *(len(name) for name, _ in rows))
+  return [f"  {name:{width}} {text}" for name, text in rows]
 
 
 def _short(number: float) -> str:

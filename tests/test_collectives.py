@@ -122,6 +122,20 @@ def test_a_permutation_sends_its_operand_and_the_end_of_a_start_counts_for_nothi
   assert collectives.count(program("f32[256] all-gather-done(%x.1)")) == []
 
 
+def test_a_part_that_a_tpu_cuts_out_of_an_all_reduce_is_a_reduce_scatter():
+  text = """%all-reduce-scatter (p: f32[14,4]) -> f32[4,4] {
+  %p = f32[14,4]{1,0:T(8,128)} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = f32[16,4]{1,0:T(8,128)} pad(%p, %zero), padding=0_2x0_0
+  %sum = f32[16,4]{1,0:T(8,128)} all-reduce(%pad), channel_id=3, replica_groups={{0,1,2,3}}
+  %device = u32[] partition-id()
+  %none = u32[] constant(0)
+  ROOT %part = f32[4,4]{1,0} dynamic-slice(%sum, %device, %none), dynamic_slice_sizes={4,4}
+}
+"""
+  assert collectives.count(text) == [Collective("reduce-scatter", 4, 1, 224, 168)]
+
+
 def test_a_collective_that_a_tpu_spreads_over_fusions_counts_once():
   parts = [
     f"""%fused.{i} (p: f32[64]) -> f32[256] {{
