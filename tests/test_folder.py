@@ -83,7 +83,7 @@ def test_broken_images_are_listed_or_skipped(tmp_path, capsys):
   with pytest.raises(data.DataError) as error:
     data.describe(folder_config(tmp_path))
   lines = str(error.value).splitlines()
-  assert f"2 images in {tmp_path} are broken" in lines[0] and "skip_broken=True" in lines[0]
+  assert f"{tmp_path} holds broken images (2);" in lines[0] and "skip_broken=True" in lines[0]
   assert [line.split(":")[0].strip() for line in lines[1:]] == [str(empty), str(torn)]
   info = data.describe(folder_config(tmp_path, skip_broken=True, train_split="train"))
   assert info.sizes["train"] == 23 and info.sizes["test"] == 8

@@ -154,7 +154,7 @@ def test_processes_tell_each_other_which_images_are_broken(tmp_path):
   for file in broken:
     file.write_bytes(file.read_bytes()[:50])
   for error in errors_of_two(tmp_path / "run", lambda _: [f"--config.data.name=folder:{path}"]):
-    assert "error: 4 images" in error
+    assert "holds broken images (4);" in error
     assert all(f"{file}: " in error for file in broken)
 
 

@@ -144,7 +144,7 @@ def _report(path: Path, broken: dict[Path, str], skipped: bool) -> None:
     lines.append(f"  and {len(broken) - _LISTED:,} more")
   if not skipped:
     raise DataError(
-      f"{len(broken):,} images in {path} are broken; --config.data.skip_broken=True leaves them "
+      f"{path} holds broken images ({len(broken):,}); --config.data.skip_broken=True leaves them "
       "out:\n" + "\n".join(lines)
     )
-  print(f"{len(broken):,} broken images are left out:", *lines, sep="\n", file=sys.stderr)
+  print(f"Broken images are left out ({len(broken):,}):", *lines, sep="\n", file=sys.stderr)
