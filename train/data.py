@@ -23,7 +23,7 @@ from PIL import Image
 
 from train import flags
 from train.datasets import DataError, UnreachableError, first_line, prepared
-from train.mesh import cores
+from train.machine import cores, memory_limit
 
 SPLITS = ("train", "validation", "test")
 _CHUNK = 1024  # images that a thread reads at a time
@@ -120,7 +120,7 @@ class Dataset:
 
 
 def resolve(data_config: ConfigDict) -> ConfigDict:
-  """Makes sure that a dataset of TFDS is there: finds it prepared, or prepares it.
+  """Makes sure that a set of TFDS is there: finds it prepared, or prepares it.
 
   Args:
     data_config: `config.data`; `fallback` names the dataset to use if `name` is out of reach.
@@ -129,10 +129,8 @@ def resolve(data_config: ConfigDict) -> ConfigDict:
   Raises:
     DataError: the dataset is broken, or out of reach with no fallback.
   """
-  if data_config.name.startswith(_FOLDER):
-    return data_config  # `describe` says what is wrong with it
   try:
-    prepared.open_prepared(data_config)
+    _prepare(data_config)
     return data_config
   except UnreachableError as error:
     if not data_config.fallback:
@@ -146,8 +144,14 @@ def resolve(data_config: ConfigDict) -> ConfigDict:
   print(_boxed(notice), file=sys.stderr, flush=True)
   data_config = data_config.copy_and_resolve_references()
   data_config.name = data_config.fallback
-  prepared.open_prepared(data_config)
+  _prepare(data_config)
   return data_config
+
+
+def _prepare(data_config):
+  """Prepares a set of TFDS; a folder is as it is, and `describe` says what is wrong with it."""
+  if not data_config.name.startswith(_FOLDER):
+    prepared.open_prepared(data_config)
 
 
 def describe(data_config: ConfigDict) -> DatasetInfo:
@@ -255,27 +259,6 @@ def load(
   if needed * sharers <= min(limit, psutil.virtual_memory().available):
     opened = {name: _read(split) for name, split in opened.items()}
   return Dataset(info.name, info.class_names, **opened)
-
-
-def memory_limit(root: Path = Path("/")) -> int:
-  """Bytes that this process may use: the host's, or those of its container or job (Linux cgroups).
-
-  Args:
-    root: of the file system, for tests.
-  """
-  limits = [psutil.virtual_memory().total]
-  groups = root / "proc/self/cgroup"
-  for line in groups.read_text().splitlines() if groups.exists() else []:
-    _, controllers, path = line.split(":", 2)
-    if controllers not in ("", "memory"):  # of version 2, and of version 1
-      continue
-    name = "memory.limit_in_bytes" if controllers else "memory.max"
-    group = root / "sys/fs/cgroup" / controllers / path.lstrip("/")
-    # Those above limit it, too. A container may see its own group as the topmost one.
-    for folder in (group, *group.parents):
-      if (folder / name).exists() and (text := (folder / name).read_text().strip()) != "max":
-        limits.append(int(text))
-  return min(limits)
 
 
 def _read(streamed: StreamedSplit) -> Split:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from train.check import ConfigError
+from train.machine import cores
 
 DATA, FSDP = "data", "fsdp"  # the mesh's axes
 BATCH = (DATA, FSDP)  # those over which the batch is cut
@@ -70,12 +71,6 @@ def _use_every_core(batch_size: int) -> None:
     return
   devices = next(n for n in range(cores(), 0, -1) if batch_size % n == 0)
   jax.config.update("jax_num_cpu_devices", devices)
-
-
-def cores() -> int:
-  """CPU cores that this process may use."""
-  affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-  return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

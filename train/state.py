@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 import mlp_models
 from train import optimizer
 from train.data import DatasetInfo, Split, StreamedSplit
-from train.mesh import cores, state_shardings
+from train.machine import cores
+from train.mesh import state_shardings
 
 Array = jax.Array
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from train import hosts
 from train.datasets import DataError
-from train.mesh import cores
+from train.machine import cores
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LISTED = 20  # broken images that a message names
