@@ -79,42 +79,39 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
   given = [coordinator, process_id, processes]
   if processes == 1 and given[:2] == [None, None]:
     return
-  # JAX would take SIGTERM for itself.
-  jax.config.update("jax_enable_preemption_service", False)
-  if given == [None] * 3:
-    try:
-      with _time_limit("--coordinator and its two flags help where a cluster is not found out"):
-        jax.distributed.initialize(
-          cluster_detection_method=_detection(), initialization_timeout=2 * _SECONDS_TO_MEET
-        )
-    except ValueError as error:
-      if "coordinator_address" not in str(error):  # which JAX misses where there is no cluster
-        raise
-      _require_alone()
-    return
-  if None in given:
+  is_told = given != [None] * 3
+  if is_told and None in given:
     flags.fail("--coordinator, --process_id and --processes go together: give all three", 2)
-  if ":" not in coordinator or not 0 <= process_id < processes:
+  if is_told and (":" not in coordinator or not 0 <= process_id < processes):
     flags.fail(
       f"--coordinator {coordinator} --process_id {process_id} --processes {processes}: "
       "HOST:PORT is needed, and a process_id from 0 to processes - 1",
       2,
     )
-  with _time_limit(f"--coordinator {coordinator}, --process_id {process_id} of {processes}"):
-    jax.distributed.initialize(
-      coordinator,
-      processes,
-      process_id,
-      cluster_detection_method="deactivate",
-      initialization_timeout=2 * _SECONDS_TO_MEET,
-    )
+  who = "--coordinator and its two flags help where a cluster is not found out"
+  if is_told:
+    who = f"--coordinator {coordinator}, --process_id {process_id} of {processes}"
+  # JAX would take SIGTERM for itself.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    with _time_limit(who):
+      jax.distributed.initialize(
+        coordinator,
+        processes,
+        process_id,
+        cluster_detection_method="deactivate" if is_told else _detection(),
+        initialization_timeout=2 * _SECONDS_TO_MEET,
+      )
+  except ValueError as error:
+    if is_told or "coordinator_address" not in str(error):  # JAX misses it where no cluster is
+      raise
+    _require_alone()
 
 
 def _detection() -> str | None:
   """How JAX is to find the cluster; None: as it does by itself, which knows Open MPI up to 4."""
-  of_4, of_all = "OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"
-  has_mpi4py = importlib.util.find_spec("mpi4py") is not None
-  return "mpi4py" if of_all in os.environ and of_4 not in os.environ and has_mpi4py else None
+  is_open_mpi_5 = "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ
+  return "mpi4py" if is_open_mpi_5 and importlib.util.find_spec("mpi4py") else None
 
 
 def _require_alone() -> None:
