@@ -167,9 +167,8 @@ or: gcloud compute tpus queued-resources describe $NAME --project=$PROJECT --zon
 
 # --- The workers --------------------------------------------------------------------------------
 
-WORKERS="" # what they last said of themselves, a line each; see tpu_worker.sh
+WORKERS="" # what those that answered last said of themselves, a line each; see tpu_worker.sh
 WORKER_COUNT=0
-ANSWERED=no # whether one of them has, when they were last asked
 DRY_WORKERS="WORKER worker - new -"
 
 ask_once() {
@@ -183,10 +182,9 @@ else echo WORKER \$(hostname) - new -; fi"
     return
   fi
   answer=$(on_workers all "$question" 2>"$SCRATCH/ssh") || status=$?
-  lines=$(grep -c '^WORKER ' <<<"$answer") || true
-  if ((lines)); then ANSWERED=yes; else ANSWERED=no; fi
-  ((status == 0 && lines && lines >= WORKER_COUNT)) || return # one of them has not answered
-  WORKERS=$(grep '^WORKER ' <<<"$answer")
+  WORKERS=$(grep '^WORKER ' <<<"$answer") || return
+  lines=$(wc -l <<<"$WORKERS")
+  ((status == 0 && lines >= WORKER_COUNT)) || return # one of them has not answered
   WORKER_COUNT=$lines
 }
 
@@ -201,7 +199,7 @@ ask() {
     UNKNOWN) unanswered=0 ;;
     ACTIVE)
       if ((unanswered >= SSH_TRIES)); then
-        [[ $REACHED == yes && $ANSWERED == yes ]] && return 1
+        [[ $REACHED == yes && -n $WORKERS ]] && return 1
         # Anew would not help, and cost: it is a key, a firewall, or the network here.
         cat "$SCRATCH/ssh" >&2
         [[ $REACHED == no ]] || die 1 "ssh reaches none of $NAME any more, which is ACTIVE: \
