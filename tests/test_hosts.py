@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import COMMAND, free_port, numbers, saved_step, start
 from test_folder import make_folder
-from test_loop import COMMAND, numbers, saved_step, start
 
 from train import metrics
 
@@ -126,9 +125,7 @@ def test_run_moves_between_meshes_and_processes(name, flags, tmp_path):
 
 def errors_of_two(folder: Path, flags_of: Callable[[int], list[str]]) -> list[str]:
   """What two processes say that fail, each with its own flags."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    coordinator = f"localhost:{free.getsockname()[1]}"
+  coordinator = f"localhost:{free_port()}"
   processes = [
     start(
       folder,

@@ -15,6 +15,7 @@ import time
 import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+from launch_stand_ins import end_sessions
 
 TESTS = pathlib.Path(__file__).parent
 LAUNCH = TESTS.parent / "launch"
@@ -131,11 +132,7 @@ def tpu(stage, repository):
     "STRAGGLER_POLLS": "9999",  # polls are quick here, and a busy machine slow
   }
   yield stage
-  for session in stage.notes("sessions.jsonl"):
-    try:
-      os.killpg(session, signal.SIGKILL)
-    except ProcessLookupError:
-      pass
+  end_sessions(stage.folder)
 
 
 def play_tpu(stage, lives, trainings):

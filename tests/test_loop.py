@@ -1,31 +1,23 @@
 """Whole runs on real CIFAR-100: what they leave, how they stop, and that they go on unharmed."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cifar100_dir, smoke_config
+from conftest import smoke_config
 from PIL import Image
+from runs import CLOCK, COMMAND, REPOSITORY, numbers, saved_step, start
 
 from train import data, metrics
 from train.interrupt import TrainingFailed
 from train.loop import train_and_evaluate
 from train.workdir import WorkdirError
-
-REPOSITORY = Path(__file__).parents[1]
-CLOCK = ("images_per_second", "seconds")  # what differs between two equal runs
-
-
-def numbers(folder: Path) -> list[dict]:
-  return [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics.read(folder)]
 
 
 def summary(folder: Path) -> dict:
@@ -113,33 +105,6 @@ def test_divergence_ends_the_run_with_advice(tmp_path, steps_per_call):
 
 # Real processes and real signals from here on. 40 steps an epoch, a checkpoint every few steps.
 
-COMMAND = [
-  sys.executable,
-  *("-m", "train.main", "--config", "configs/mixer.py:smoke"),
-  *("--config.data.train_split=train[:2560]", "--config.epochs=3"),
-  "--config.checkpoint_seconds=0.05",
-]
-
-
-def start(
-  folder: Path, *flags: str, devices: int = 2, command: Sequence[str] = COMMAND
-) -> subprocess.Popen:
-  return subprocess.Popen(
-    [*command, "--workdir", str(folder), *flags],
-    cwd=REPOSITORY,
-    env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir()), "JAX_NUM_CPU_DEVICES": str(devices)},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def saved_step(folder: Path, per_epoch: int = 40) -> int:
-  """The step of the last complete checkpoint; 0 without one."""
-  names = [p.name for p in folder.glob("checkpoints/last/*") if p.name.isdigit()]
-  label = max(map(int, names), default=0)  # epochs finished + steps done
-  return label - label // (per_epoch + 1)
-
 
 def wait_until_in_mid_epoch(process: subprocess.Popen, folder: Path, first_step: int) -> None:
   deadline = time.monotonic() + 120
@@ -147,15 +112,6 @@ def wait_until_in_mid_epoch(process: subprocess.Popen, folder: Path, first_step:
     assert process.poll() is None, process.communicate()
     assert time.monotonic() < deadline
     time.sleep(0.005)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-  folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
-  process = start(folder)
-  output = process.communicate(timeout=200)
-  assert process.returncode == 0, output
-  return folder
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a run leaves in its workdir and shows on the terminal."""
 
+import contextlib
 import json
 import math
 import os
@@ -247,11 +248,9 @@ def test_on_a_terminal_progress_is_a_bar_of_at_most_80_columns():
   )
   os.close(theirs)
   shown = b""
-  try:
+  with contextlib.suppress(OSError):  # how Linux says that the other side has closed
     while chunk := os.read(ours, 4096):
       shown += chunk
-  except OSError:  # how Linux says that the other side has closed
-    pass
   os.close(ours)
   assert run.wait() == 0
   shown = shown.decode()

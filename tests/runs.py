@@ -1,0 +1,62 @@
+"""Real runs of train.main, in processes of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from conftest import cifar100_dir
+
+from train import metrics
+
+REPOSITORY = Path(__file__).parents[1]
+CLOCK = ("images_per_second", "seconds")  # what differs between two equal runs
+
+
+def numbers(folder: Path) -> list[dict]:
+  """What metrics.jsonl holds, without the clock."""
+  return [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics.read(folder)]
+
+
+# 40 steps an epoch, a checkpoint every few steps.
+COMMAND = [
+  sys.executable,
+  *("-m", "train.main", "--config", "configs/mixer.py:smoke"),
+  *("--config.data.train_split=train[:2560]", "--config.epochs=3"),
+  "--config.checkpoint_seconds=0.05",
+]
+
+
+def start(
+  folder: Path, *flags: str, devices: int = 2, command: Sequence[str] = COMMAND
+) -> subprocess.Popen:
+  """A run of train.main, or of what `command` says, in the workdir `folder`."""
+  return run(*command, "--workdir", str(folder), *flags, devices=devices)
+
+
+def run(*command: str, devices: int = 2) -> subprocess.Popen:
+  """A command on real CIFAR-100 and so many devices."""
+  return subprocess.Popen(
+    command,
+    cwd=REPOSITORY,
+    env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir()), "JAX_NUM_CPU_DEVICES": str(devices)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def saved_step(folder: Path, per_epoch: int = 40) -> int:
+  """The step of the last complete checkpoint; 0 without one."""
+  names = [p.name for p in folder.glob("checkpoints/last/*") if p.name.isdigit()]
+  label = max(map(int, names), default=0)  # epochs finished + steps done
+  return label - label // (per_epoch + 1)
+
+
+def free_port() -> int:
+  """A port of this machine on which nobody listens."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
