@@ -43,12 +43,13 @@ def _steps(config, params, grads, scales):
 
 
 def _adamw_by_hand(config, param, grads, scales):
-  """Loshchilov and Hutter's algorithm 2, in float64."""
+  """Loshchilov and Hutter's algorithm 2 with Keras' epsilon, in float64."""
   m = v = 0.0
   for t, (grad, scale) in enumerate(zip(grads, scales, strict=True), start=1):
     m = config.b1 * m + (1 - config.b1) * grad
     v = config.b2 * v + (1 - config.b2) * grad**2
-    direction = (m / (1 - config.b1**t)) / (np.sqrt(v / (1 - config.b2**t)) + config.epsilon)
+    correction = np.sqrt(1 - config.b2**t) / (1 - config.b1**t)
+    direction = correction * m / (np.sqrt(v) + config.epsilon)
     rate = scale * config.learning_rate
     decay = config.weight_decay * (1.0 if config.independent_weight_decay else rate)
     param = param - rate * direction - decay * param
@@ -83,11 +84,28 @@ def test_independent_weight_decay_ignores_learning_rate_and_plateau():
     np.testing.assert_allclose(after["w"], 1 - scale * learning_rate * 0.1, rtol=1e-6)
 
 
-def test_epsilon_bounds_the_step_of_a_tiny_gradient():
-  grad, rate = 1e-7, 0.01
+@pytest.mark.parametrize("grad", [1e-8, 1e-7, 1e-6, 1e-5])
+def test_epsilon_bounds_the_step_of_a_tiny_gradient_as_in_keras(grad):
+  rate = 0.01
   config = _config(weight_decay=0.0, learning_rate=rate)
   (after,) = _steps(config, {"w": jnp.zeros(1)}, [{"w": jnp.full(1, grad)}], [1.0])
-  np.testing.assert_allclose(after["w"], -rate * grad / (grad + 1e-7), rtol=1e-3)
+  # Keras adds epsilon to the root of (1 - b2) grad^2, optax to the root of grad^2.
+  expected = -rate * grad / (grad + 1e-7 / np.sqrt(1 - 0.999))
+  np.testing.assert_allclose(after["w"], expected, rtol=1e-3)
+
+
+def test_adam_is_optaxs_where_epsilon_is_nothing():
+  grads = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+  ours, theirs = (
+    optimizer.scale_by_keras_adam(0.9, 0.999, 0.0),
+    optax.scale_by_adam(0.9, 0.999, 0.0),
+  )
+  state, their_state = ours.init(grads[0]), theirs.init(grads[0])
+  for grad in grads:
+    updates, state = ours.update(grad, state)
+    their_updates, their_state = theirs.update(grad, their_state)
+    np.testing.assert_allclose(updates, their_updates, rtol=3e-5)
+  jax.tree.map(np.testing.assert_array_equal, state, their_state)
 
 
 def test_scale_is_an_array_under_jit_and_keeps_float32():

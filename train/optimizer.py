@@ -1,7 +1,7 @@
 """AdamW, the plateau that lowers its learning rate, the best epoch so far and early stopping.
 
-The semantics are those of Keras 3 (AdamW, ReduceLROnPlateau, EarlyStopping); the arithmetic is
-optax's. All state is arrays, so that a checkpoint holds it.
+The semantics are those of Keras 3 (AdamW, ReduceLROnPlateau, EarlyStopping), built from optax's
+pieces. All state is arrays, so that a checkpoint holds it.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ BEST: dict[str, Mode] = {"val_loss": "min", "val_accuracy": "max"}  # metrics to
 
 
 def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
-  """AdamW over all parameters, as Keras has it: biases and norms decay too.
+  """AdamW over all parameters as in Keras: biases and norms decay, too.
 
   Args:
     config: learning_rate, weight_decay, independent_weight_decay, b1, b2, epsilon. The decay is
@@ -29,11 +29,32 @@ def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
     learning rate by the plateau's scale (float or float32 []) in that step.
   Follows Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2.
   """
-  adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
+  adam = scale_by_keras_adam(b1=config.b1, b2=config.b2, epsilon=config.epsilon)
   learning_rate = _scale_by_learning_rate(config.learning_rate)
   if config.independent_weight_decay:
     return optax.chain(adam, learning_rate, optax.add_decayed_weights(-config.weight_decay))
   return optax.chain(adam, optax.add_decayed_weights(config.weight_decay), learning_rate)
+
+
+def scale_by_keras_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
+  """`optax.scale_by_adam` with epsilon where Keras has it: beside the root that is not corrected.
+
+  Step t (from 1) gives m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + epsilon). In optax's terms,
+  where both moments are corrected, epsilon is epsilon / sqrt(1 - b2^t): 32 times as large at t = 1
+  and b2 = 0.999, which decides the first steps of weights whose gradients are near epsilon.
+  Follows Kingma and Ba, "Adam" (arXiv:1412.6980), the reordered form at the end of section 2.
+  """
+
+  def update(grads, state, params=None):
+    del params
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+    count = optax.safe_increment(state.count)
+    correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+    updates = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + epsilon), mu, nu)
+    return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+  return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def _scale_by_learning_rate(learning_rate: float) -> optax.GradientTransformationExtraArgs:
