@@ -1,16 +1,12 @@
-"""What several tests need: the prepared CIFAR-100 and the images of the golden files."""
+"""What several tests need: the prepared CIFAR-100, and runs on it."""
 
-import hashlib
 import importlib
-import io
 import os
 import pathlib
 import tempfile
 
 import jax
-import numpy as np
 import pytest
-from PIL import Image
 
 from train.mesh import set_xla_flags
 
@@ -37,30 +33,6 @@ def cifar100_dir() -> pathlib.Path:
       return directory
   missing = pytest.fail if "REQUIRE_CIFAR100" in os.environ else pytest.skip
   missing("CIFAR-100 is not prepared: set TFDS_DATA_DIR to where it is")
-
-
-@pytest.fixture(scope="session")
-def golden_images() -> dict[str, np.ndarray]:
-  """The CIFAR-100 images of the golden files, uint8 [32, 32, 3], by SHA-256 of their bytes."""
-  import tensorflow_datasets as tfds  # seconds, and most tests need it not
-
-  expected = {}  # SHA-256 -> row
-  for path in GOLDEN.glob("*.npz"):
-    with np.load(path) as golden:
-      expected |= zip(golden["input/sha256"].tolist(), golden["input/index"].tolist(), strict=True)
-
-  builder = tfds.builder("cifar100", data_dir=cifar100_dir())
-  rows = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
-  images = {}
-  # Where to look first, then everywhere: a set prepared anew may have another order.
-  for row in [*expected.values(), *range(len(rows))]:
-    if len(images) == len(expected):
-      return images
-    image = np.asarray(Image.open(io.BytesIO(rows[row]["image"])))
-    digest = hashlib.sha256(image.tobytes()).hexdigest()
-    if digest in expected:
-      images[digest] = image
-  pytest.fail(f"CIFAR-100 lacks the golden images {sorted(expected.keys() - images.keys())}")
 
 
 def smoke_config(name: str = "mixer", **overrides):

@@ -1,22 +1,14 @@
 """Augmentation against Keras' numbers, against its definition, and the factors' distribution."""
 
-import os
-import pathlib
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import GOLDEN
 
 from train import augment
-
-# The images in the golden file are not ours to publish, so it stays outside the repository.
-GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden" / "preprocess.npz"
-needs_golden = pytest.mark.skipif(
-  not GOLDEN.exists() and "REQUIRE_CIFAR100" not in os.environ,
-  reason=f"no Keras reference at {GOLDEN}",
-)
 
 _warp = jax.jit(augment.warp, static_argnums=2)
 MEAN, VARIANCE = np.array([120.0, 110.0, 100.0]), np.array([4000.0, 5000.0, 6000.0])
@@ -24,7 +16,7 @@ MEAN, VARIANCE = np.array([120.0, 110.0, 100.0]), np.array([4000.0, 5000.0, 6000
 
 @pytest.fixture(scope="module")
 def golden():
-  with np.load(GOLDEN) as arrays:
+  with np.load(GOLDEN / "preprocess.npz") as arrays:
     return dict(arrays)
 
 
@@ -82,7 +74,6 @@ def _reflect(index, low, high):
   return np.pad(np.arange(high + 1), padding, mode="symmetric")[index + padding]
 
 
-@needs_golden
 @pytest.mark.parametrize("image_size", [64, 72])
 def test_preprocess_equals_keras(golden, image_size):
   ours = augment.preprocess(
@@ -92,7 +83,6 @@ def test_preprocess_equals_keras(golden, image_size):
   np.testing.assert_allclose(ours, golden[f"resize{image_size}"], rtol=0, atol=1e-4)
 
 
-@needs_golden
 def test_pinned_zoom_equals_keras(golden):
   keys = [key for key in golden if key.startswith("zoom64/")]
   assert len(keys) == 3
@@ -103,7 +93,6 @@ def test_pinned_zoom_equals_keras(golden):
     np.testing.assert_allclose(ours, golden[key], rtol=0, atol=1e-4, err_msg=key)
 
 
-@needs_golden
 def test_pinned_rotation_equals_keras(golden):
   keys = [key for key in golden if key.startswith("rotate72/")]
   assert len(keys) == 2
