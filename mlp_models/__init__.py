@@ -1,4 +1,4 @@
-"""Image classifiers without attention, or with little of it, in Flax.
+"""Attention-free and attention-light image classifiers in Flax.
 
 model = mlp_models.create("mixer", num_classes=10)
 params = model.init(jax.random.key(0), images)["params"]
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mlp_models import keras_weights as keras_weights
 from mlp_models.fnet import FNet
 from mlp_models.gmlp import GMLP
+from mlp_models.layers import POOLS
 from mlp_models.mixer import Mixer
 from mlp_models.perceiver import Perceiver
 from mlp_models.vit import ViT
@@ -51,7 +52,9 @@ def create(name: str, **overrides: Any) -> nn.Module:
     if field not in defaults:
       raise ValueError(f"{name} has no field {field!r}; {_suggest(field, defaults)}")
     overrides[field] = _checked(field, value, defaults[field])
-  return _CLASSES[name](**overrides)
+  model = _CLASSES[name](**overrides)
+  _check_that_sizes_fit(model)
+  return model
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:
@@ -79,6 +82,23 @@ def _checked(field: str, value: Any, default: Any) -> Any:
   elif isinstance(default, int) and not _is_size(value):
     raise ValueError(f"{field} is {value!r}, it must be a positive integer")
   return value
+
+
+def _check_that_sizes_fit(model: nn.Module) -> None:
+  """Raises ValueError unless patches tile the image and residuals can be added."""
+  size = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+  if size["image_size"] % size["patch_size"]:
+    raise ValueError(
+      f"image_size {size['image_size']} is not a multiple of patch_size {size['patch_size']}"
+    )
+  for field in ("mlp_units", "ffn_units"):  # of MLPs whose output is added to their input
+    units = size.get(field)
+    if units is not None and units[-1:] != (size["width"],):
+      raise ValueError(
+        f"{field} {units} must end in width {size['width']}: its output joins a residual"
+      )
+  if size.get("pool", POOLS[0]) not in POOLS:
+    raise ValueError(f"unknown pool {size['pool']!r}, known are {', '.join(POOLS)}")
 
 
 def _is_size(value: Any) -> bool:

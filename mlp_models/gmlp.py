@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mlp_models import layers
+from mlp_models import dropout, layers
 
 
 class GMLPBlock(nn.Module):
@@ -20,11 +20,11 @@ class GMLPBlock(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
+  def __call__(self, x_BxTxD: Array) -> Array:
     _, num_tokens, width = x_BxTxD.shape
     h_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm1")(x_BxTxD)
     h_BxTx2D = layers.gelu(layers.Dense(2 * width, dtype=self.dtype, name="proj_in")(h_BxTxD))
-    h_BxTx2D = layers.Dropout(self.dropout_rate)(h_BxTx2D, seeds_B)
+    h_BxTx2D = layers.Dropout(self.dropout_rate)(h_BxTx2D)
 
     u_BxTxD, v_BxTxD = jnp.split(h_BxTx2D, 2, axis=-1)
     v_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm2")(v_BxTxD)
@@ -48,20 +48,15 @@ class GMLP(nn.Module):
   dtype: DTypeLike = jnp.float32
   remat: bool = False
 
-  def __post_init__(self):
-    layers.check_patches(self.image_size, self.patch_size)
-    super().__post_init__()
-
   @nn.compact
   def __call__(
     self, images_BxHxWxC: Array, train: bool = False, positions: Array | None = None
   ) -> Array:
-    seeds_B = layers.example_seeds(self, len(images_BxHxWxC), positions) if train else None
-    x_BxTxP = layers.patches(images_BxHxWxC, self.image_size, self.patch_size)
-    x_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
-    block = layers.remat(GMLPBlock, self.remat)
+    dropout.start(self, images_BxHxWxC.shape[0], positions, train)
+    x_BxTxD = layers.embed_patches(
+      images_BxHxWxC, self.image_size, self.patch_size, self.width, self.dtype
+    )
+    block = nn.remat(GMLPBlock) if self.remat else GMLPBlock
     for i in range(self.num_blocks):
-      x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD, seeds_B)
-    x_BxD = x_BxTxD.mean(axis=1, dtype=jnp.float32)
-    x_BxD = layers.Dropout(self.dropout_rate)(x_BxD, seeds_B)
-    return layers.Dense(self.num_classes, dtype=jnp.float32, name="head")(x_BxD)
+      x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD)
+    return layers.mean_head(x_BxTxD, self.num_classes, self.dropout_rate)

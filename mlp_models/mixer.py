@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mlp_models import layers
+from mlp_models import dropout, layers
 
 
 class MLP(nn.Module):
@@ -24,11 +24,11 @@ class MLP(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
+  def __call__(self, x_BxTxD: Array) -> Array:
     hidden, out = self.units
     h = layers.gelu(self.dense(hidden, dtype=self.dtype, name="in")(x_BxTxD))
     y_BxTxD = self.dense(out, dtype=self.dtype, name="out")(h)
-    return layers.Dropout(self.dropout_rate)(y_BxTxD, seeds_B)
+    return layers.Dropout(self.dropout_rate)(y_BxTxD)
 
 
 class MixerBlock(nn.Module):
@@ -38,15 +38,15 @@ class MixerBlock(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
+  def __call__(self, x_BxTxD: Array) -> Array:
     num_tokens, width = x_BxTxD.shape[1:]
     norm = layers.LayerNorm(dtype=self.dtype, name="norm")
     mlp = functools.partial(MLP, dropout_rate=self.dropout_rate, dtype=self.dtype)
     token_mlp = mlp(layers.TokenDense, (num_tokens, num_tokens), name="token_mlp")
     channel_mlp = mlp(layers.Dense, (num_tokens, width), name="channel_mlp")
 
-    x_BxTxD += token_mlp(norm(x_BxTxD), seeds_B)
-    return x_BxTxD + channel_mlp(norm(x_BxTxD), seeds_B)
+    x_BxTxD = x_BxTxD + token_mlp(norm(x_BxTxD))
+    return x_BxTxD + channel_mlp(norm(x_BxTxD))
 
 
 class Mixer(nn.Module):
@@ -61,20 +61,15 @@ class Mixer(nn.Module):
   dtype: DTypeLike = jnp.float32
   remat: bool = False
 
-  def __post_init__(self):
-    layers.check_patches(self.image_size, self.patch_size)
-    super().__post_init__()
-
   @nn.compact
   def __call__(
     self, images_BxHxWxC: Array, train: bool = False, positions: Array | None = None
   ) -> Array:
-    seeds_B = layers.example_seeds(self, len(images_BxHxWxC), positions) if train else None
-    x_BxTxP = layers.patches(images_BxHxWxC, self.image_size, self.patch_size)
-    x_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
-    block = layers.remat(MixerBlock, self.remat)
+    dropout.start(self, images_BxHxWxC.shape[0], positions, train)
+    x_BxTxD = layers.embed_patches(
+      images_BxHxWxC, self.image_size, self.patch_size, self.width, self.dtype
+    )
+    block = nn.remat(MixerBlock) if self.remat else MixerBlock
     for i in range(self.num_blocks):
-      x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD, seeds_B)
-    x_BxD = x_BxTxD.mean(axis=1, dtype=jnp.float32)
-    x_BxD = layers.Dropout(self.dropout_rate)(x_BxD, seeds_B)
-    return layers.Dense(self.num_classes, dtype=jnp.float32, name="head")(x_BxD)
+      x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD)
+    return layers.mean_head(x_BxTxD, self.num_classes, self.dropout_rate)

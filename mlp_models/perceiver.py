@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mlp_models import layers
-from mlp_models.attention import DotProductAttention, SelfAttention
+from mlp_models import dropout, kernels, layers
+from mlp_models.attention import SelfAttention
 
 
 class FFN(nn.Module):
@@ -25,12 +25,12 @@ class FFN(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: Array, seeds_B: Array | None) -> Array:
+  def __call__(self, x: Array) -> Array:
     for i, units in enumerate(self.units):
       if i > 0:
         x = layers.gelu(x)
       x = layers.Dense(units, dtype=self.dtype, name=f"dense{i}")(x)
-    return layers.Dropout(self.dropout_rate)(x, seeds_B)
+    return layers.Dropout(self.dropout_rate)(x)
 
 
 class Scale(nn.Module):
@@ -57,7 +57,6 @@ class CrossAttention(nn.Module):
     self.key = layers.Dense(width, dtype=self.dtype)
     self.value = layers.Dense(width, dtype=self.dtype)
     self.score = Scale()
-    self.attend = DotProductAttention(self.attention_dropout_rate, scale=1.0)
     self.norm_out = layers.LayerNorm(dtype=self.dtype)
     self.ffn = FFN(self.ffn_units, self.dropout_rate, self.dtype)
 
@@ -66,18 +65,20 @@ class CrossAttention(nn.Module):
     data_BxTxD = self.norm_data(data_BxTxD)
     return self.key(data_BxTxD), self.value(data_BxTxD)
 
-  def __call__(
-    self, latents_BxLxD: Array, key_BxTxD: Array, value_BxTxD: Array, seeds_B: Array | None
-  ) -> Array:
+  def __call__(self, latents_BxLxD: Array, key_BxTxD: Array, value_BxTxD: Array) -> Array:
     """The latents may have B = 1: in the first iteration they do not depend on the image."""
     latents_BxLxD = self.norm_latents(latents_BxLxD)
     query_BxLxD = self.score(self.query(latents_BxLxD))
-    query_BxLxD = jnp.broadcast_to(query_BxLxD, (len(key_BxTxD), *query_BxLxD.shape[1:]))
-    attended_Bx1xLxD = self.attend(
-      query_BxLxD[:, None], key_BxTxD[:, None], value_BxTxD[:, None], seeds_B
+    query_BxLxD = jnp.broadcast_to(query_BxLxD, (key_BxTxD.shape[0], *query_BxLxD.shape[1:]))
+    attended_Bx1xLxD = kernels.attend(
+      query_BxLxD[:, None],
+      key_BxTxD[:, None],
+      value_BxTxD[:, None],
+      dropout.layer_seeds(self),
+      self.attention_dropout_rate,
     )
     x_BxLxD = self.norm_out(attended_Bx1xLxD[:, 0] + latents_BxLxD)
-    return x_BxLxD + self.ffn(x_BxLxD, seeds_B)
+    return x_BxLxD + self.ffn(x_BxLxD)
 
 
 class LatentBlock(nn.Module):
@@ -90,7 +91,7 @@ class LatentBlock(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x_BxLxD: Array, seeds_B: Array | None) -> Array:
+  def __call__(self, x_BxLxD: Array) -> Array:
     width = x_BxLxD.shape[-1]
     attention = SelfAttention(
       self.num_heads, width, self.attention_dropout_rate, self.dtype, name="attention"
@@ -98,9 +99,9 @@ class LatentBlock(nn.Module):
     ffn = FFN(self.ffn_units, self.dropout_rate, self.dtype, name="ffn")
 
     y_BxLxD = layers.LayerNorm(dtype=self.dtype, name="norm1")(x_BxLxD)
-    x_BxLxD = x_BxLxD + attention(y_BxLxD, seeds_B)
+    x_BxLxD = x_BxLxD + attention(y_BxLxD)
     y_BxLxD = layers.LayerNorm(dtype=self.dtype, name="norm2")(x_BxLxD)
-    return x_BxLxD + ffn(y_BxLxD, seeds_B)
+    return x_BxLxD + ffn(y_BxLxD)
 
 
 class LatentTransformer(nn.Module):
@@ -115,17 +116,11 @@ class LatentTransformer(nn.Module):
   remat: bool
 
   @nn.compact
-  def __call__(self, x_BxLxD: Array, seeds_B: Array | None) -> Array:
+  def __call__(self, x_BxLxD: Array) -> Array:
+    block = nn.remat(LatentBlock) if self.remat else LatentBlock
+    rates = (self.dropout_rate, self.attention_dropout_rate)
     for i in range(self.num_blocks):
-      block = layers.remat(LatentBlock, self.remat)(
-        num_heads=self.num_heads,
-        ffn_units=self.ffn_units,
-        dropout_rate=self.dropout_rate,
-        attention_dropout_rate=self.attention_dropout_rate,
-        dtype=self.dtype,
-        name=f"block{i}",
-      )
-      x_BxLxD = block(x_BxLxD, seeds_B)
+      x_BxLxD = block(self.num_heads, self.ffn_units, *rates, self.dtype, name=f"block{i}")(x_BxLxD)
     return x_BxLxD
 
 
@@ -150,21 +145,18 @@ class Perceiver(nn.Module):
   dtype: DTypeLike = jnp.float32
   remat: bool = False
 
-  def __post_init__(self):
-    layers.check_patches(self.image_size, self.patch_size)
-    layers.check_residual("ffn_units", self.ffn_units, self.width)
-    super().__post_init__()
-
   @nn.compact
   def __call__(
     self, images_BxHxWxC: Array, train: bool = False, positions: Array | None = None
   ) -> Array:
-    seeds_B = layers.example_seeds(self, len(images_BxHxWxC), positions) if train else None
-    x_BxTxP = layers.patches(images_BxHxWxC, self.image_size, self.patch_size)
-    data_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
+    dropout.start(self, images_BxHxWxC.shape[0], positions, train)
+    data_BxTxD = layers.embed_patches(
+      images_BxHxWxC, self.image_size, self.patch_size, self.width, self.dtype
+    )
     data_BxTxD = layers.PositionEmbedding(layers.uniform_symmetric, name="position")(data_BxTxD)
 
-    cross = layers.remat(CrossAttention, self.remat)(
+    cross_attention = nn.remat(CrossAttention) if self.remat else CrossAttention
+    cross = cross_attention(
       ffn_units=self.ffn_units,
       dropout_rate=self.dropout_rate,
       attention_dropout_rate=self.attention_dropout_rate,
@@ -186,12 +178,10 @@ class Perceiver(nn.Module):
       "latents", nn.initializers.normal(0.05), (self.num_latents, self.width)
     )
     latents_BxLxD = latents_LxD[None].astype(self.dtype)
-    for i in range(self.num_iterations):
-      # The layers are the same in each iteration, their masks must not be.
-      iteration_seeds_B = layers.fold_in(seeds_B, i)
-      latents_BxLxD = cross(latents_BxLxD, keys_BxTxD, values_BxTxD, iteration_seeds_B)
-      latents_BxLxD = transformer(latents_BxLxD, iteration_seeds_B)
+    for _ in range(self.num_iterations):
+      latents_BxLxD = cross(latents_BxLxD, keys_BxTxD, values_BxTxD)
+      latents_BxLxD = transformer(latents_BxLxD)
 
-    x_BxD = latents_BxLxD.mean(axis=1, dtype=jnp.float32)
     head_units = (*self.ffn_units[:-1], self.num_classes)
-    return FFN(head_units, self.dropout_rate, jnp.float32, name="head")(x_BxD, seeds_B)
+    head = FFN(head_units, self.dropout_rate, jnp.float32, name="head")
+    return head(layers.pool(latents_BxLxD, "mean"))

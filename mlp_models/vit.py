@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mlp_models import layers
+from mlp_models import dropout, layers
 from mlp_models.attention import SelfAttention
-
-POOLS = ("flatten", "mean")
 
 
 class MLP(nn.Module):
@@ -26,10 +24,10 @@ class MLP(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: Array, seeds_B: Array | None) -> Array:
+  def __call__(self, x: Array) -> Array:
     for i, units in enumerate(self.units):
       x = layers.gelu(layers.Dense(units, dtype=self.dtype, name=f"dense{i}")(x))
-      x = layers.Dropout(self.dropout_rate)(x, seeds_B)
+      x = layers.Dropout(self.dropout_rate)(x)
     return x
 
 
@@ -44,16 +42,16 @@ class ViTBlock(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x_BxTxD: Array, seeds_B: Array | None) -> Array:
+  def __call__(self, x_BxTxD: Array) -> Array:
     attention = SelfAttention(
       self.num_heads, self.head_dim, self.attention_dropout_rate, self.dtype, name="attention"
     )
     mlp = MLP(self.mlp_units, self.dropout_rate, self.dtype, name="mlp")
 
     y_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm1")(x_BxTxD)
-    x_BxTxD = x_BxTxD + attention(y_BxTxD, seeds_B)
+    x_BxTxD = x_BxTxD + attention(y_BxTxD)
     y_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm2")(x_BxTxD)
-    return x_BxTxD + mlp(y_BxTxD, seeds_B)
+    return x_BxTxD + mlp(y_BxTxD)
 
 
 class ViT(nn.Module):
@@ -78,40 +76,23 @@ class ViT(nn.Module):
   dtype: DTypeLike = jnp.float32
   remat: bool = False
 
-  def __post_init__(self):
-    layers.check_patches(self.image_size, self.patch_size)
-    layers.check_residual("mlp_units", self.mlp_units, self.width)
-    if self.pool not in POOLS:
-      raise ValueError(f"unknown pool {self.pool!r}, known are {', '.join(POOLS)}")
-    super().__post_init__()
-
   @nn.compact
   def __call__(
     self, images_BxHxWxC: Array, train: bool = False, positions: Array | None = None
   ) -> Array:
-    seeds_B = layers.example_seeds(self, len(images_BxHxWxC), positions) if train else None
-    x_BxTxP = layers.patches(images_BxHxWxC, self.image_size, self.patch_size)
-    x_BxTxD = layers.Dense(self.width, dtype=self.dtype, name="patch_embed")(x_BxTxP)
+    dropout.start(self, images_BxHxWxC.shape[0], positions, train)
+    x_BxTxD = layers.embed_patches(
+      images_BxHxWxC, self.image_size, self.patch_size, self.width, self.dtype
+    )
     x_BxTxD = layers.PositionEmbedding(layers.uniform_symmetric, name="position")(x_BxTxD)
+    block = nn.remat(ViTBlock) if self.remat else ViTBlock
+    sizes = (self.num_heads, self.head_dim, self.mlp_units)
+    rates = (self.dropout_rate, self.attention_dropout_rate)
     for i in range(self.num_blocks):
-      block = layers.remat(ViTBlock, self.remat)(
-        num_heads=self.num_heads,
-        head_dim=self.head_dim,
-        mlp_units=self.mlp_units,
-        dropout_rate=self.dropout_rate,
-        attention_dropout_rate=self.attention_dropout_rate,
-        dtype=self.dtype,
-        name=f"block{i}",
-      )
-      x_BxTxD = block(x_BxTxD, seeds_B)
+      x_BxTxD = block(*sizes, *rates, self.dtype, name=f"block{i}")(x_BxTxD)
     x_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm")(x_BxTxD)
 
-    if self.pool == "mean":
-      x_BxF = x_BxTxD.mean(axis=1, dtype=jnp.float32).astype(self.dtype)
-    else:
-      x_BxF = x_BxTxD.reshape(len(x_BxTxD), -1)
-    x_BxF = layers.Dropout(self.head_dropout_rate)(x_BxF, seeds_B)
-    x_BxF = MLP(self.head_units, self.head_dropout_rate, self.dtype, name="head_mlp")(
-      x_BxF, seeds_B
-    )
+    x_BxF = layers.pool(x_BxTxD, self.pool).astype(self.dtype)
+    x_BxF = layers.Dropout(self.head_dropout_rate)(x_BxF)
+    x_BxF = MLP(self.head_units, self.head_dropout_rate, self.dtype, name="head_mlp")(x_BxF)
     return layers.Dense(self.num_classes, dtype=jnp.float32, name="head")(x_BxF)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlp_models import layers
+from mlp_models.dropout import Dropout, start, stream
 
 B, T, D = 64, 32, 128
 
@@ -19,12 +19,17 @@ class Layers(nn.Module):
 
   @nn.compact
   def __call__(self, x, positions=None, train=True):
-    seeds = layers.example_seeds(self, len(x), positions) if train else None
-    first_layer = layers.Dropout(self.rate, name="first")
-    first = first_layer(x, seeds)
-    second = layers.Dropout(self.rate, name="second")(x, seeds)
-    third = first_layer(x, layers.fold_in(seeds, 1))
+    start(self, len(x), positions, train)
+    first_layer = Dropout(self.rate, name="first")
+    first = first_layer(x)
+    second = Dropout(self.rate, name="second")(x)
+    third = first_layer(x)
     return jnp.stack([first, second, third])
+
+
+def drop(x, rate):
+  """A layer of its own, for four examples."""
+  return Dropout(rate).apply({}, x, rngs=stream(jnp.arange(4, dtype=jnp.uint32)))
 
 
 def masks(key=0, rate=0.2, positions=None, batch=B):
@@ -106,25 +111,55 @@ def test_wrong_number_of_positions_is_an_error():
 
 
 def test_gradient_is_the_mask():
-  seeds = jnp.arange(4, dtype=jnp.uint32)
   x = jax.random.normal(jax.random.key(0), (4, T, D))
-  dropout = layers.Dropout(0.2)
-  mask = dropout.apply({}, jnp.ones_like(x), seeds)
-  y, vjp = jax.vjp(lambda x: dropout.apply({}, x, seeds), x)
+  mask = drop(jnp.ones_like(x), 0.2)
+  y, vjp = jax.vjp(lambda x: drop(x, 0.2), x)
   np.testing.assert_allclose(y, x * mask, rtol=1e-6)
   np.testing.assert_allclose(vjp(x)[0], x * mask, rtol=1e-6)
 
 
 def test_backward_pass_stores_seeds_and_no_mask():
-  seeds = jnp.arange(4, dtype=jnp.uint32)
-  _, vjp = jax.vjp(lambda x: layers.Dropout(0.2).apply({}, x, seeds), jnp.ones((4, T, D)))
+  _, vjp = jax.vjp(lambda x: drop(x, 0.2), jnp.ones((4, T, D)))
   assert max(leaf.size for leaf in jax.tree.leaves(vjp)) <= 4
 
 
 def test_bfloat16_stays_bfloat16_with_the_same_mask():
-  seeds = jnp.arange(4, dtype=jnp.uint32)
   ones = jnp.ones((4, T, D))
-  full = layers.Dropout(0.1).apply({}, ones, seeds)
-  half = layers.Dropout(0.1).apply({}, ones.astype(jnp.bfloat16), seeds)
+  full, half = drop(ones, 0.1), drop(ones.astype(jnp.bfloat16), 0.1)
   assert half.dtype == jnp.bfloat16
   np.testing.assert_array_equal(half, full.astype(jnp.bfloat16))  # 0.1 itself rounds, in bfloat16
+
+
+def test_remat_drops_the_same_elements():
+  class Model(nn.Module):
+    layer: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+      start(self, len(x), None, train=True)
+      layer = self.layer(0.5, name="drop")
+      return layer(layer(x))
+
+  def kept(layer):
+    ones, rngs = jnp.ones((4, T, D)), {"dropout": jax.random.key(0)}
+    y, vjp = jax.vjp(lambda x: Model(layer).apply({}, x, rngs=rngs), ones)
+    np.testing.assert_array_equal(vjp(ones)[0], y)
+    return y
+
+  np.testing.assert_array_equal(kept(nn.remat(Dropout)), kept(Dropout))
+  assert 0.2 < np.mean(kept(Dropout) > 0) < 0.3  # the two calls have masks of their own
+
+
+def test_evaluation_after_training_drops_nothing():
+  """A model that is called twice in one `apply` starts anew each time."""
+
+  class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      model = Layers()
+      return model(x, train=True), model(x, train=False)
+
+  x = jnp.ones((4, T, D))
+  trained, evaluated = Twice().apply({}, x, rngs={"dropout": jax.random.key(0)})
+  np.testing.assert_array_equal(evaluated[0], x)
+  assert 0.7 < np.mean(np.asarray(trained[0]) > 0) < 0.9

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import mlp_models
-from mlp_models import layers
-from mlp_models.attention import DotProductAttention, SelfAttention
+from mlp_models import dropout, kernels, layers
+from mlp_models.attention import SelfAttention
 from mlp_models.fnet import fourier_mix
+from mlp_models.perceiver import CrossAttention
 
 SMALL = {"image_size": 8, "patch_size": 4, "width": 16, "num_blocks": 2, "num_classes": 5}
 OVERRIDES = {name: dict(SMALL) for name in mlp_models.MODELS}
@@ -96,9 +97,12 @@ def dropout_calls(name):
     module = context.module
     if isinstance(module, layers.Dropout):
       calls.append((module.rate, args[0].shape[1:]))
-    elif isinstance(module, DotProductAttention):
-      query, key = args[0].shape, args[1].shape
-      calls.append((module.dropout_rate, (*query[1:3], key[2])))
+    elif isinstance(module, SelfAttention):
+      tokens = args[0].shape[1]
+      calls.append((module.dropout_rate, (module.num_heads, tokens, tokens)))
+    elif isinstance(module, CrossAttention) and context.method_name == "__call__":
+      latents, keys = args[0].shape[1], args[1].shape[1]
+      calls.append((module.attention_dropout_rate, (1, latents, keys)))
     return next_function(*args, **kwargs)
 
   with flax.linen.intercept_methods(spy):
@@ -115,9 +119,8 @@ def test_dropout_shapes_and_rates_are_those_of_the_keras_examples():
   assert dropout_calls("mixer") == [(0.2, (T, D))] * 4 + [(0.2, (D,))]
   assert dropout_calls("fnet") == [(0.2, (T, D))] * 2 + [(0.2, (D,))]
   assert dropout_calls("gmlp") == [(0.2, (T, 2 * D))] * 2 + [(0.2, (D,))]
-  # Perceiver: on the attention's weights, after each FFN's last layer, and on the logits. Its two
-  # latent heads are as wide as the model, so their weights are rows of one attention.
-  cross, latent = [(0.1, (1, L, T)), (0.2, (L, D))], [(0.1, (1, 2 * L, L)), (0.2, (L, D))]
+  # Perceiver: on the attention's weights, after each FFN's last layer, and on the logits.
+  cross, latent = [(0.1, (1, L, T)), (0.2, (L, D))], [(0.1, (2, L, L)), (0.2, (L, D))]
   iteration = cross + 2 * latent
   assert dropout_calls("perceiver") == 2 * iteration + [(0.2, (5,))]
   # ViT: on the attention's weights, after every layer of an MLP, and before the head's MLP.
@@ -135,18 +138,18 @@ def test_fourier_mix_and_its_gradient_are_those_of_the_transform(num_tokens, wid
   np.testing.assert_allclose(*actual_gradient(gradient), *expected_gradient(gradient), atol=1e-5)
 
 
-def test_perceiver_iterations_have_masks_of_their_own():
+def test_perceiver_iterations_have_masks_of_their_own(monkeypatch):
   def seeds_of_cross_attention(key):
-    seeds = []
+    seeds, layer_seeds = [], dropout.layer_seeds
 
-    def spy(next_function, args, kwargs, context):
-      if context.module.path == ("cross", "attend"):
-        seeds.append(args[3])
-      return next_function(*args, **kwargs)
+    def spy(layer):
+      seeds_B = layer_seeds(layer)
+      seeds.extend([seeds_B] if layer.path == ("cross",) else [])
+      return seeds_B
 
-    with flax.linen.intercept_methods(spy):
-      variables = {"params": params("perceiver")}
-      small("perceiver").apply(variables, images(), train=True, rngs={"dropout": key})
+    monkeypatch.setattr(dropout, "layer_seeds", spy)
+    variables = {"params": params("perceiver")}
+    small("perceiver").apply(variables, images(), train=True, rngs={"dropout": key})
     return seeds
 
   first, second = jax.jit(seeds_of_cross_attention)(jax.random.key(0))
@@ -212,7 +215,7 @@ def test_bfloat16_gradients_are_those_of_float32_nearly(name):
 
 def test_tokens_are_mixed_alike_on_every_platform():
   kernel, x = jnp.arange(6.0).reshape(3, 2), jax.random.normal(jax.random.key(0), (4, 3, 5))
-  np.testing.assert_allclose(layers._mix_each(kernel, x), layers._mix_all(kernel, x), atol=1e-5)
+  np.testing.assert_allclose(kernels._mix_each(kernel, x), kernels._mix_all(kernel, x), atol=1e-5)
 
 
 def test_standardize_and_its_gradient_are_those_of_the_formula():
@@ -224,7 +227,7 @@ def test_standardize_and_its_gradient_are_those_of_the_formula():
     return deviation / jnp.sqrt((deviation**2).mean(axis=-1, keepdims=True) + 1e-6)
 
   expected, expected_gradient = jax.vjp(formula, x)
-  actual, actual_gradient = jax.vjp(layers.standardize, x)
+  actual, actual_gradient = jax.vjp(kernels.standardize, x)
   np.testing.assert_allclose(actual, expected, atol=1e-3)
   # Where all are equal, the factor is 1,000.
   for place, tolerance in ((np.s_[0, 0], 1.0), (np.s_[1:], 1e-4)):
@@ -237,15 +240,13 @@ def test_attention_and_its_gradients_are_those_of_the_written_out_softmax(rate):
   query, gradient = jax.random.normal(jax.random.key(0), (2, 2, 3, 5, 4))
   key, value = jax.random.normal(jax.random.key(1), (2, 2, 3, 6, 4))
   seeds = jnp.array([12345, 67890], jnp.uint32)
-  layer = DotProductAttention(rate, scale=0.3)
 
   def written_out(query, key, value):
-    weights = jax.nn.softmax(0.3 * jnp.einsum("bntk,bnsk->bnts", query, key))
-    weights = layers.drop(weights, layers.layer_seeds(layer.bind({}), seeds), rate)
-    return jnp.einsum("bnts,bnsk->bntk", weights, value)
+    weights = jax.nn.softmax(jnp.einsum("bntk,bnsk->bnts", query, key))
+    return jnp.einsum("bnts,bnsk->bntk", dropout.drop(weights, seeds, rate), value)
 
   def ours(query, key, value):
-    return layer.apply({}, query, key, value, seeds)
+    return kernels.attend(query, key, value, seeds, rate)
 
   with jax.default_matmul_precision("highest"):
     expected, expected_gradients = jax.vjp(written_out, query, key, value)
@@ -256,9 +257,9 @@ def test_attention_and_its_gradients_are_those_of_the_written_out_softmax(rate):
       np.testing.assert_allclose(a, b, atol=1e-5)
   kept = [x for x in jax.tree.leaves(actual_gradients) if x.shape == (2, 3, 5, 6)]
   assert len(kept) == 1
-  larger = layer.apply({}, 1e4 * query, key, value, None)
+  larger = kernels.attend(1e4 * query, key, value, None, rate)
   assert np.isfinite(larger).all()
-  evaluated = layer.apply({}, query, key, value, None)
+  evaluated = kernels.attend(query, key, value, None, rate)
   assert (rate == 0) == np.array_equal(evaluated, actual)
 
 
@@ -266,7 +267,7 @@ def self_attention(head_dim):
   """Three heads over tokens of 8 channels, rate 0.3: their layer, weights, tokens and gradient."""
   layer = SelfAttention(3, head_dim, 0.3, jnp.float32)
   x, gradient = jax.random.normal(jax.random.key(0), (2, 2, 5, 8))
-  shapes = jax.eval_shape(layer.init, jax.random.key(0), x, None)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
   rng = np.random.default_rng(0)
   return layer, jax.tree.map(lambda s: rng.normal(0, 0.5, s.shape), shapes), x, gradient
 
@@ -280,22 +281,27 @@ def head_by_head(layer, weights, x, seeds):
   }
   scores = jnp.einsum("bntk,bnsk->bnts", heads["query"], heads["key"])
   softmax = jax.nn.softmax(scores * layer.head_dim**-0.5)
-  if layer.head_dim >= x.shape[-1]:  # token by token, the heads of one after another
-    softmax = softmax.swapaxes(1, 2).reshape(len(x), 1, -1, x.shape[1])
-  softmax = layers.drop(softmax, layers.fold_in(seeds, zlib.crc32(b"attend")), layer.dropout_rate)
-  if layer.head_dim >= x.shape[-1]:
-    softmax = softmax.reshape(len(x), x.shape[1], -1, x.shape[1]).swapaxes(1, 2)
+  seeds = None if seeds is None else dropout.hash32(seeds ^ jnp.uint32(zlib.crc32(b"")))
+  softmax = dropout.drop(softmax.swapaxes(1, 2), seeds, layer.dropout_rate).swapaxes(1, 2)
   attended = jnp.einsum("bnts,bnsk->bntk", softmax, heads["value"])
   return jnp.einsum("bntk,nkd->btd", attended, params["out"]["kernel"]) + params["out"]["bias"]
 
 
+@pytest.mark.parametrize("platform", ["cpu", "others"])
 @pytest.mark.parametrize("seeds", [None, [12345, 67890]], ids=["evaluation", "training"])
 @pytest.mark.parametrize("head_dim", [4, 8, 12])
-def test_self_attention_is_that_of_the_papers_whatever_the_width_of_heads(head_dim, seeds):
+def test_self_attention_is_that_of_the_papers_whatever_the_width_of_heads(
+  head_dim, seeds, platform, monkeypatch
+):
+  if platform == "others":  # take the form for accelerators on this CPU
+    monkeypatch.setattr(
+      jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands)
+    )
   layer, weights, x, gradient = self_attention(head_dim)
   seeds = None if seeds is None else jnp.array(seeds, jnp.uint32)
+  rngs = None if seeds is None else dropout.stream(seeds)
   expected, pullback = jax.vjp(lambda *args: head_by_head(layer, *args, seeds), weights, x)
-  actual, our_pullback = jax.vjp(lambda *args: layer.apply(*args, seeds), weights, x)
+  actual, our_pullback = jax.vjp(lambda *args: layer.apply(*args, rngs=rngs), weights, x)
   np.testing.assert_allclose(actual, expected, atol=1e-4)
   for a, b in zip(*map(jax.tree.leaves, (our_pullback(gradient), pullback(gradient))), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-4)
@@ -305,8 +311,8 @@ def test_wide_heads_take_half_of_the_dense_layers_operations():
   def flops(head_dim, width):
     layer = SelfAttention(4, head_dim, 0.0, jnp.float32)
     x = jnp.zeros((64, 2, width))  # so few tokens that the attention itself costs little
-    weights = jax.eval_shape(layer.init, jax.random.key(0), x, None)
-    return jax.jit(layer.apply).lower(weights, x, None).cost_analysis()["flops"]
+    weights = jax.eval_shape(layer.init, jax.random.key(0), x)
+    return jax.jit(layer.apply).lower(weights, x).cost_analysis()["flops"]
 
   dense = 2 * 64 * 2 * 4 * 4 * 64 * 64  # tokens, heads and layers, 64 to 64 channels
   assert flops(64, 65) > dense
@@ -317,7 +323,7 @@ def test_wide_heads_take_half_of_the_dense_layers_operations():
 def test_attention_kernels_start_as_in_keras():
   # Keras counts all axes but the last two as a receptive field: fans of [64, 4, 64] are 256, 4096.
   model = SelfAttention(4, 64, 0.1, jnp.float32)
-  kernels = model.init(jax.random.key(0), jnp.zeros((1, 2, 64)), None)["params"]
+  kernels = model.init(jax.random.key(0), jnp.zeros((1, 2, 64)))["params"]
   for name, limit in (("query", (6 / (256 + 4096)) ** 0.5), ("out", (6 / (256 + 256)) ** 0.5)):
     largest = np.abs(kernels[name]["kernel"]).max()
     assert 0.99 * limit < largest <= limit
@@ -398,7 +404,7 @@ def test_gradient_of_few_rows_leaves_the_kernel_as_it_lies(rows, product):
   x, kernel, gradient = (
     rng.normal(size=shape).astype(np.float32) for shape in ((rows, 8), (8, 24), (rows, 24))
   )
-  gradients = jax.jit(lambda *args: jax.vjp(layers.rows_times, *args)[1](gradient))
+  gradients = jax.jit(lambda *args: jax.vjp(kernels.dense, *args)[1](gradient))
 
   for_x, for_kernel = gradients(x, kernel)
 
