@@ -128,7 +128,8 @@ def _answer(pipe: Connection, train) -> None:
 
 
 def _ours(pipe: Connection, name: str) -> None:
-  from train import augment, bench, flags, mesh
+  from train import augment, bench, flags
+  from train.devices import mesh
 
   flags.quiet_libraries()
   config = _config(name)

@@ -34,7 +34,8 @@ def sent(models: list[str]) -> None:
   import jax
 
   from launch import collectives
-  from train import data, mesh
+  from train import data
+  from train.devices import mesh
   from train.state import abstract_state, make_init
   from train.step import lower_train_step, make_train_step
 

@@ -18,7 +18,7 @@ import time
 from typing import IO, NamedTuple
 
 from train import flags
-from train.hosts import LOST
+from train.devices.hosts import LOST
 from train.interrupt import SIGNALS
 
 _GRACE_SECONDS = 20.0  # for the others to end by themselves once one has failed

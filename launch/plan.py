@@ -22,10 +22,10 @@ from ml_collections import ConfigDict
 
 from launch import collectives, traffic
 from train import check, data, flags
-from train.batches import num_batches
 from train.bench import flops_per_image
 from train.data import DatasetInfo
-from train.mesh import make_mesh, microbatch_size
+from train.data.batches import num_batches
+from train.devices.mesh import make_mesh, microbatch_size
 from train.state import abstract_state, make_init
 from train.step import lower_train_step, make_train_step
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conftest import cifar100_dir
 
-from train import metrics
+from train.run import metrics
 
 REPOSITORY = Path(__file__).parents[1]
 CLOCK = ("images_per_second", "seconds")  # what differs between two equal runs

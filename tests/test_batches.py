@@ -15,9 +15,9 @@ from conftest import TESTS, cifar100_dir
 
 from configs import default
 from train import data
-from train.batches import batches, num_batches, prefetch, train_calls
-from train.datasets.folder import Records
-from train.mesh import make_mesh
+from train.data.batches import batches, num_batches, prefetch, train_calls
+from train.data.folder import Records
+from train.devices.mesh import make_mesh
 
 
 def numbered(n):

@@ -112,7 +112,9 @@ def test_all_makes_a_table_of_the_default_configs(tmp_path):
 
 
 def test_sweep_writes_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr("train.mesh.start_jax", lambda config: None)  # conftest's eight devices
+  monkeypatch.setattr(
+    "train.devices.mesh.start_jax", lambda config: None
+  )  # conftest's eight devices
   monkeypatch.setattr(bench, "_BATCHES", (16, 64))
   command = ["bench", "--config", str(REPOSITORY / "configs" / "mixer.py:smoke")]
   command += ["--sweep", "batch", "--output", str(tmp_path), "--repeats", "1", "--seconds", "0.05"]

@@ -6,8 +6,8 @@ import orbax.checkpoint as ocp
 from conftest import smoke_config
 
 from train import data
-from train.checkpoint import Checkpoints
-from train.mesh import make_mesh
+from train.devices.mesh import make_mesh
+from train.run.checkpoint import Checkpoints
 from train.state import make_init
 
 

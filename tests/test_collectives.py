@@ -9,7 +9,7 @@ from configs import mixer
 from launch import collectives
 from launch.collectives import Collective
 from train.data import DatasetInfo
-from train.mesh import make_mesh, microbatch_size, sharded_axis
+from train.devices.mesh import make_mesh, microbatch_size, sharded_axis
 from train.state import abstract_state, make_init
 from train.step import lower_train_step, make_train_step
 

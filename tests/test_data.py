@@ -18,7 +18,7 @@ from PIL import Image
 
 from configs import default
 from train import data
-from train.datasets import prepared
+from train.data import prepared
 
 REPOSITORY = Path(__file__).parents[1]
 CIFAR_FILES = (  # of a prepared CIFAR-100

@@ -13,7 +13,7 @@ from tensorflow_datasets.core.download import checksums
 from test_data import data_config, run_cli, snapshot
 
 from train import data
-from train.datasets import prepared, shapes100
+from train.data import prepared, shapes100
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-{}-binary.tar.gz"
 

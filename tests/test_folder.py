@@ -13,7 +13,7 @@ from runs import REPOSITORY, numbers, saved_step
 
 from configs import default
 from train import data
-from train.datasets.folder import open_folder
+from train.data.folder import open_folder
 
 CLASSES = ("cat", "dog", "owl")
 

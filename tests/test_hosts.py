@@ -13,7 +13,7 @@ import pytest
 from runs import COMMAND, free_port, numbers, saved_step, start
 from test_folder import make_folder
 
-from train import metrics
+from train.run import metrics
 
 STEPS = 40  # an epoch
 

@@ -14,10 +14,11 @@ from conftest import smoke_config
 from PIL import Image
 from runs import CLOCK, COMMAND, REPOSITORY, numbers, saved_step, start
 
-from train import data, metrics
+from train import data
 from train.interrupt import TrainingFailed
 from train.loop import train_and_evaluate
-from train.workdir import WorkdirError
+from train.run import metrics
+from train.run.workdir import WorkdirError
 
 
 def summary(folder: Path) -> dict:

@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from train.machine import memory_limit
+from train.devices.machine import memory_limit
 
 
 @pytest.mark.parametrize(

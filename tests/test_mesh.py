@@ -11,7 +11,7 @@ import pytest
 
 from configs import mixer
 from train.check import ConfigError
-from train.mesh import make_mesh, microbatch_size, sharded_axis
+from train.devices.mesh import make_mesh, microbatch_size, sharded_axis
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_mesh_that_does_not_fit_is_refused_with_the_numbers(data, fsdp, message)
 def start_jax(expression: str, statements: str = "", **environment: str) -> str:
   """What `expression` prints in a new process whose JAX was set up for the default config."""
   code = (
-    "from configs import mixer; from train import mesh; import jax, os; "
+    "from configs import mixer; from train.devices import mesh; import jax, os; "
     f"mesh.start_jax(mixer.get_config())\n{statements}\nprint({expression})"
   )
   process = subprocess.run(

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from train import metrics
+from train.run import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -216,7 +216,7 @@ def test_epoch_lines_show_percent_and_fit_80_columns(epoch, epochs):
 
 _RUN = """
 import time
-from train import metrics
+from train.run import metrics
 metrics._SECONDS_BETWEEN_LINES = 0.2
 with metrics.Progress(20, 10, 128, "epoch 2/2") as progress:
   for _ in range(10):

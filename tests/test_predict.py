@@ -10,8 +10,9 @@ import pytest
 from conftest import smoke_config
 from PIL import Image
 
-from train import checkpoint, data, evaluate, metrics, predict
-from train.mesh import make_mesh
+from train import data, evaluate, predict
+from train.devices.mesh import make_mesh
+from train.run import checkpoint, metrics
 from train.step import make_eval_step
 
 

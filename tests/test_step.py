@@ -15,9 +15,9 @@ import pytest
 
 import mlp_models
 from train import augment, optimizer
-from train.batches import stack
 from train.data import DatasetInfo, Split
-from train.mesh import by_example, make_mesh, sharded_axis, state_shardings
+from train.data.batches import stack
+from train.devices.mesh import by_example, make_mesh, sharded_axis, state_shardings
 from train.state import Sums, abstract_state, channel_statistics, init_state, make_init, make_model
 from train.step import (
   compile_in_background,
@@ -77,7 +77,7 @@ def fast_compilation():
 @pytest.fixture
 def cut_all(monkeypatch):
   """Small parameters are cut over "fsdp", too, as those of larger models are."""
-  monkeypatch.setattr("train.mesh._SHARDED_FROM", 64)
+  monkeypatch.setattr("train.devices.mesh._SHARDED_FROM", 64)
 
 
 @functools.cache

@@ -30,8 +30,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import mlp_models
-from train import augment, check, data, flags, mesh
-from train.batches import train_calls
+from train import augment, check, data, flags
+from train.data.batches import train_calls
+from train.devices import mesh
 from train.evaluate import evaluate
 from train.state import TrainState, abstract_state, channel_statistics, make_init, make_model
 from train.step import (

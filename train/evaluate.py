@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from train import data, flags
-from train.batches import eval_batches
 from train.check import ConfigError
-from train.mesh import make_mesh, microbatch_size, start_jax
+from train.data.batches import eval_batches
+from train.devices.mesh import make_mesh, microbatch_size, start_jax
+from train.run.workdir import WorkdirError, from_flag, read_config
 from train.state import Sums, Weights
 from train.step import make_eval_step
-from train.workdir import WorkdirError, from_flag, read_config
 
 
 def evaluate(
@@ -54,7 +54,7 @@ def main() -> None:
   arguments = parser.parse_args()
   flags.quiet_libraries()
   try:
-    from train import checkpoint  # late: orbax takes seconds, a wrong flag none
+    from train.run import checkpoint  # late: orbax takes seconds, a wrong flag none
 
     config = read_config(arguments.workdir)
     start_jax(config)

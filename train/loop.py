@@ -12,12 +12,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train import data, hosts, metrics, optimizer, workdir
-from train.batches import num_batches, train_calls
-from train.checkpoint import Checkpoints
+from train import data, optimizer
+from train.data.batches import num_batches, train_calls
+from train.devices import hosts
+from train.devices.mesh import FSDP, make_mesh, microbatch_size, replicated
 from train.evaluate import evaluate
 from train.interrupt import Interrupted, StopRequest, TrainingFailed
-from train.mesh import FSDP, make_mesh, microbatch_size, replicated
+from train.run import metrics, workdir
+from train.run.checkpoint import Checkpoints
 from train.state import (
   Sums,
   TrainState,

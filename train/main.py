@@ -10,9 +10,11 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from train import check, flags, hosts, mesh, workdir
+from train import check, flags
 from train.data import DataError
+from train.devices import hosts, mesh
 from train.interrupt import Interrupted, TrainingFailed
+from train.run import workdir
 
 _OUT_OF_MEMORY = """out of memory. Three knobs help:
   --config.microbatch=N            compute fewer images at a time (the result is the same)
@@ -44,7 +46,9 @@ def main() -> None:
 
 def _run(config: ConfigDict, folder: epath.Path | None) -> None:
   try:
-    from train import loop, metrics  # late: what they import costs seconds, a wrong flag none
+    # Late: what they import costs seconds, a wrong flag none.
+    from train import loop
+    from train.run import metrics
 
     if folder is None:
       began = time.strftime("%Y%m%d-%H%M%S", time.localtime(hosts.time_of_first()))

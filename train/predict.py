@@ -15,9 +15,11 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
-from train import augment, batches, data, flags, mesh
-from train.checkpoint import TrainedModel, load_trained_model
-from train.workdir import WorkdirError, from_flag
+from train import augment, data, flags
+from train.data import batches
+from train.devices import mesh
+from train.run.checkpoint import TrainedModel, load_trained_model
+from train.run.workdir import WorkdirError, from_flag
 
 TOP = 5
 

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 import mlp_models
 from train import optimizer
 from train.data import DatasetInfo, Split, StreamedSplit
-from train.machine import cores
-from train.mesh import state_shardings
+from train.devices.machine import cores
+from train.devices.mesh import state_shardings
 
 Array = jax.Array
 

@@ -19,9 +19,9 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from train import augment
-from train.batches import num_batches
 from train.data import DatasetInfo
-from train.mesh import (
+from train.data.batches import num_batches
+from train.devices.mesh import (
   BATCH,
   DATA,
   FSDP,

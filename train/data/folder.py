@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from train import hosts
-from train.datasets import DataError
-from train.machine import cores
+from train.devices import hosts
+from train.devices.machine import cores
+from train.errors import DataError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LISTED = 20  # broken images that a message names

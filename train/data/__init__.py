@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from train import flags
-from train.datasets import DataError, UnreachableError, first_line, prepared
-from train.machine import cores, memory_limit
+from train.data import prepared
+from train.devices.machine import cores, memory_limit
+from train.errors import DataError, UnreachableError, first_line
 
 SPLITS = ("train", "validation", "test")
 _CHUNK = 1024  # images that a thread reads at a time
@@ -215,7 +216,7 @@ def _describe(source, data_config) -> DatasetInfo:
 def _open(data_config):
   """The dataset on disk, prepared if need be: its class names, image shape, sizes and records."""
   if data_config.name.startswith(_FOLDER):
-    from train.datasets.folder import open_folder
+    from train.data.folder import open_folder
 
     path = Path(data_config.name.removeprefix(_FOLDER)).expanduser().absolute()
     return open_folder(path, data_config.skip_broken)
@@ -378,7 +379,3 @@ def main() -> None:
     flags.fail(str(error).replace("--config.data.", prefix), 1)
   except (OSError, ValueError) as error:  # an output that can't be written, a wrong patch size
     flags.fail(error, 2)
-
-
-if __name__ == "__main__":
-  main()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from train.datasets import DataError, UnreachableError, first_line
+from train.errors import DataError, UnreachableError, first_line
 
 _NOTHING_DELETED = (
   "Nothing was deleted. Move the folder away to have the dataset prepared anew, or choose another "
@@ -198,7 +198,7 @@ def _builder(name, data_dir):
   """The TFDS builder of a dataset, ours where we have one; nothing is prepared yet."""
   import tensorflow_datasets as tfds  # imported late: half a second
 
-  from train.datasets import cifar, shapes100
+  from train.data import cifar, shapes100
 
   ours = {
     "cifar10": cifar.Cifar10,

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from train.data import DatasetInfo
-from train.datasets import first_line
+from train.errors import first_line
 
 # What changes nothing but where and how fast a run is computed: it may go on on another machine.
 _FREE_TO_DIFFER = (

@@ -25,8 +25,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from train import flags
+from train.devices.mesh import by_example
 from train.interrupt import Interrupted
-from train.mesh import by_example
 
 LOST = 75  # exit status where another process is missing or lost: sysexits' "try again"
 _HOURS_TO_WAIT = 24  # while another process prepares a dataset

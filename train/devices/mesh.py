@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from train.check import ConfigError
-from train.machine import cores
+from train.devices.machine import cores
 
 DATA, FSDP = "data", "fsdp"  # the mesh's axes
 BATCH = (DATA, FSDP)  # those over which the batch is cut

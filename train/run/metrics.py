@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from train.workdir import write_atomically
+from train.run.workdir import write_atomically
 
 EPOCH_KEYS = (
   "epoch",

@@ -23,8 +23,8 @@ from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
 from train.data import Split, StreamedSplit
+from train.devices.mesh import by_example
 from train.interrupt import SIGNALS
-from train.mesh import by_example
 
 Batch = Mapping[str, np.ndarray]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
 

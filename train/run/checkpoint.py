@@ -14,8 +14,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train import metrics, workdir
 from train.data import DatasetInfo
+from train.run import metrics, workdir
 from train.state import TrainState, Weights, abstract_state, make_init, make_model
 
 

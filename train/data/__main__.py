@@ -1,0 +1,5 @@
+"""`python -m train.data`."""
+
+from train.data import main
+
+main()

@@ -1,0 +1,1 @@
+"""What a run leaves: its workdir, checkpoints, numbers, curves and progress."""
