@@ -106,7 +106,7 @@ def _config(name: str):
 
 
 def _worker(target, pipe: Connection, *args) -> None:
-  from train.data import DataError
+  from train.errors import DataError
 
   try:
     target(pipe, *args)
@@ -118,7 +118,7 @@ def _worker(target, pipe: Connection, *args) -> None:
 
 def _answer(pipe: Connection, train) -> None:
   """Answers numbers of steps with the seconds that `train` took for them, until None comes."""
-  from train.bench import process_memory
+  from train.devices.machine import process_memory
 
   while (steps := pipe.recv()) is not None:
     began = time.perf_counter()
@@ -129,11 +129,11 @@ def _answer(pipe: Connection, train) -> None:
 
 def _ours(pipe: Connection, name: str) -> None:
   from train import augment, bench, flags
-  from train.devices import mesh
+  from train.devices.compile import start_jax
 
   flags.quiet_libraries()
   config = _config(name)
-  mesh.start_jax(config)
+  start_jax(config)
   images, weights = pipe.recv()
   training = bench.prepare(config)
   state = training.state
@@ -157,7 +157,7 @@ def _keras(pipe: Connection, name: str, backend: str) -> None:
   import keras_models
 
   from train import data, flags
-  from train.state import channel_statistics
+  from train.data.statistics import channel_statistics
 
   flags.quiet_libraries()
   config = _config(name)

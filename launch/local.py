@@ -17,8 +17,8 @@ import tempfile
 import time
 from typing import IO, NamedTuple
 
-from train import flags
 from train.devices.hosts import LOST
+from train.errors import fail
 from train.interrupt import SIGNALS
 
 _GRACE_SECONDS = 20.0  # for the others to end by themselves once one has failed
@@ -124,9 +124,9 @@ def main() -> None:
     ours, theirs = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
   arguments = parser.parse_args(ours)
   if arguments.processes < 1 or arguments.devices_per_process < 1:
-    flags.fail("--processes and --devices-per-process must be at least 1", 2)
+    fail("--processes and --devices-per-process must be at least 1", 2)
   if not theirs:
-    flags.fail("nothing follows `--`: give train.main's flags there, --config FILE first", 2)
+    fail("nothing follows `--`: give train.main's flags there, --config FILE first", 2)
   sys.exit(run(arguments.processes, arguments.devices_per_process, theirs))
 
 

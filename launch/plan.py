@@ -26,6 +26,7 @@ from train.bench import flops_per_image
 from train.data import DatasetInfo
 from train.data.batches import num_batches
 from train.devices.mesh import make_mesh, microbatch_size
+from train.errors import ConfigError, DataError, fail
 from train.state import abstract_state, make_init
 from train.step import lower_train_step, make_train_step
 
@@ -65,7 +66,7 @@ def chip_of(topology: str) -> Chip:
   """
   name, _, shape = topology.partition(":")
   if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-    raise check.ConfigError(
+    raise ConfigError(
       f"--topology={topology}: a chip ({', '.join(CHIPS)}) and how many of it lie along each axis, "
       "as in v5e:2x2 or v4:2x2x4"
     )
@@ -88,7 +89,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
       topology, "tpu", chips_per_host_bounds=hosts, **chip.options
     )
   except jax.errors.JaxRuntimeError as error:
-    raise check.ConfigError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+    raise ConfigError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
   return slice_.devices
 
 
@@ -320,16 +321,16 @@ def main() -> None:
     check.check_config(config)
     chip_of(arguments.topology)
     if importlib.util.find_spec("libtpu") is None:
-      flags.fail(_INSTALL, 1)
+      fail(_INSTALL, 1)
     _start()
     info = data.foresee(config.data, arguments.images)
     if arguments.max_batch:
       config.batch_size = max_batch(config, info, arguments.topology)
       if not config.batch_size:
-        flags.fail("not even the smallest batch fits", 1)
+        fail("not even the smallest batch fits", 1)
     figures = plan(config, info, arguments.topology)
-  except (check.ConfigError, data.DataError) as error:
-    flags.fail(error, 2 if isinstance(error, check.ConfigError) else 1)
+  except (ConfigError, DataError) as error:
+    fail(error, 2 if isinstance(error, ConfigError) else 1)
   print(json.dumps(figures) if arguments.json else format_plan(figures))
   sys.exit(0 if figures["fits"] else 1)
 

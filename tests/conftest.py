@@ -8,7 +8,7 @@ import tempfile
 import jax
 import pytest
 
-from train.devices.mesh import set_xla_flags
+from train.devices.compile import set_xla_flags
 
 # Before anything starts JAX's backend.
 jax.config.update("jax_num_cpu_devices", 8)  # simulated

@@ -18,6 +18,7 @@ from train import data
 from train.data.batches import batches, num_batches, prefetch, train_calls
 from train.data.folder import Records
 from train.devices.mesh import make_mesh
+from train.errors import DataError
 
 
 def numbered(n):
@@ -135,7 +136,7 @@ def test_an_image_that_cannot_be_read_by_a_worker_is_named(tmp_path):
   records = Records([str(tmp_path / "cat" / "1.png")], [0])
   split = data.StreamedSplit(records, (8, 8, 3), workers=1)
   with pytest.raises(
-    data.DataError, match=r"cat/1.png can't be read: .*No such file.* out of the folder"
+    DataError, match=r"cat/1.png can't be read: .*No such file.* out of the folder"
   ):
     list(batches(split, 4, in_processes=True))
 

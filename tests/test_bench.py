@@ -48,7 +48,9 @@ def test_run_trains_as_many_steps_as_told():
 
 
 def test_the_age_of_a_process_begins_with_it():
-  code = "import time; time.sleep(1); from train import bench; print(bench.process_age())"
+  code = (
+    "import time; time.sleep(1); from train.devices import machine; print(machine.process_age())"
+  )
   began = time.time()
   printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
   assert 1 < float(printed.stdout) < time.time() - began + 0.05
@@ -112,9 +114,7 @@ def test_all_makes_a_table_of_the_default_configs(tmp_path):
 
 
 def test_sweep_writes_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(
-    "train.devices.mesh.start_jax", lambda config: None
-  )  # conftest's eight devices
+  monkeypatch.setattr("train.bench.start_jax", lambda config: None)  # conftest's eight devices
   monkeypatch.setattr(bench, "_BATCHES", (16, 64))
   command = ["bench", "--config", str(REPOSITORY / "configs" / "mixer.py:smoke")]
   command += ["--sweep", "batch", "--output", str(tmp_path), "--repeats", "1", "--seconds", "0.05"]

@@ -18,7 +18,8 @@ from PIL import Image
 
 from configs import default
 from train import data
-from train.data import prepared
+from train.data import decode, prepared, show
+from train.errors import DataError, UnreachableError
 
 REPOSITORY = Path(__file__).parents[1]
 CIFAR_FILES = (  # of a prepared CIFAR-100
@@ -119,7 +120,7 @@ def test_only_the_asked_splits_are_read():
 
 
 def test_describe_knows_sizes_and_classes_without_reading_images(monkeypatch):
-  monkeypatch.setattr(data, "_decode", None)
+  monkeypatch.setattr("train.data.splits.decode", None)
   info = data.describe(data_config(data_dir=str(cifar100_dir())))
   assert info.sizes == {"train": 45_000, "validation": 5_000, "test": 10_000}
   assert info.image_shape == (32, 32, 3) and info.num_classes == 100
@@ -154,8 +155,8 @@ def test_png_is_decoded_to_its_very_pixels(mode, channels):
   image = Image.fromarray(noise).convert("RGB" if mode == "P" else "RGBA").convert(mode)
   file = io.BytesIO()
   image.save(file, "png")
-  expected = np.asarray(image.convert(data.PIL_MODES[channels])).reshape(9, 7, channels)
-  decoded = data._decode(file.getvalue(), (9, 7, channels))
+  expected = np.asarray(image.convert(decode.PIL_MODES[channels])).reshape(9, 7, channels)
+  decoded = decode.decode(file.getvalue(), (9, 7, channels))
   np.testing.assert_array_equal(decoded, expected)
 
 
@@ -165,12 +166,12 @@ def test_photo_is_not_turned_by_its_exif_tag():
   exif[0x0112] = 6  # orientation: a quarter turn
   file = io.BytesIO()
   image.save(file, "jpeg", exif=exif)
-  assert (data._decode(file.getvalue(), (8, 16, 3)) == 200).all()
+  assert (decode.decode(file.getvalue(), (8, 16, 3)) == 200).all()
 
 
 def test_a_split_that_is_not_there_is_named_with_those_that_are(photos_config):
   photos_config.test_split = "validation"
-  with pytest.raises(data.DataError, match=r"test_split = 'validation'.*train \(8\), test \(4\)"):
+  with pytest.raises(DataError, match=r"test_split = 'validation'.*train \(8\), test \(4\)"):
     data.describe(photos_config)
 
 
@@ -195,17 +196,17 @@ def test_a_dataset_that_does_not_fit_is_streamed(photos_config, monkeypatch):
 def test_tfrecord_says_how_to_prepare_anew(broken_cifar100):
   info = broken_cifar100 / "dataset_info.json"
   info.write_text(info.read_text().replace("array_record", "tfrecord"))
-  with pytest.raises(data.DataError, match="as tfrecord.*prepare --name cifar100 --data_dir DIR"):
+  with pytest.raises(DataError, match="as tfrecord.*prepare --name cifar100 --data_dir DIR"):
     data.describe(data_config(data_dir=str(broken_cifar100.parents[1])))
 
 
 def test_a_dataset_without_images_is_refused():
-  with pytest.raises(data.DataError, match="imdb_reviews is no image-classification dataset"):
+  with pytest.raises(DataError, match="imdb_reviews is no image-classification dataset"):
     data.describe(data_config(name="imdb_reviews"))
 
 
 def test_an_unknown_dataset_is_one_line():
-  with pytest.raises(data.DataError) as error:
+  with pytest.raises(DataError) as error:
     data.describe(data_config(name="cifar_1000"))
   assert str(error.value) == "--config.data.name=cifar_1000 is no dataset that TFDS knows."
 
@@ -231,7 +232,7 @@ def test_without_network_one_message_within_15_seconds(tmp_path):
 def test_a_silent_host_is_given_up(tmp_path, monkeypatch):
   monkeypatch.setattr(prepared.urllib.request, "urlopen", lambda *_, **__: time.sleep(5))
   builder = prepared._builder("cifar100", tmp_path)
-  with pytest.raises(data.UnreachableError, match="no answer within 0.2 seconds"):
+  with pytest.raises(UnreachableError, match="no answer within 0.2 seconds"):
     prepared._require_reachable(builder, data_config(data_dir=str(tmp_path)), timeout=0.2)
 
 
@@ -248,7 +249,7 @@ def test_fallback_replaces_what_is_out_of_reach_and_says_so(photos_config, monke
 def test_no_fallback_for_what_is_damaged(photos_config):
   photos_config.fallback = "shapes100"
   (Path(photos_config.data_dir) / "tiny_photos" / "1.0.0" / "dataset_info.json").unlink()
-  with pytest.raises(data.DataError, match="half-written"):
+  with pytest.raises(DataError, match="half-written"):
     data.resolve(photos_config)
 
 
@@ -274,7 +275,7 @@ def test_damaged_data_is_named_and_nothing_deleted(broken_cifar100, damage):
   name, spoil = DAMAGES[damage]
   spoil(broken_cifar100 / name)
   before = snapshot(broken_cifar100)
-  with pytest.raises(data.DataError) as error:
+  with pytest.raises(DataError) as error:
     config = data_config(data_dir=str(broken_cifar100.parents[1]), test_split="test")
     data.load(config, image_size=64, splits=("test",))
   assert name in str(error.value) and str(broken_cifar100) in str(error.value)
@@ -292,7 +293,7 @@ def test_a_bad_png_names_its_file(tmp_path, monkeypatch):
   monkeypatch.setattr(TinyPhotos, "_generate_examples", with_a_bad_one)
   TinyPhotos(data_dir=tmp_path).download_and_prepare(file_format="array_record")
   config = data_config(name="tiny_photos", data_dir=str(tmp_path))
-  with pytest.raises(data.DataError, match="tiny_photos-test.array_record-00000-of-00001 can't be"):
+  with pytest.raises(DataError, match="tiny_photos-test.array_record-00000-of-00001 can't be"):
     data.load(config, image_size=24, splits=("test",))
 
 
@@ -327,7 +328,7 @@ def test_show_draws_a_streamed_set(tmp_path):
 
 def test_patches_are_moved_apart_and_kept_whole():
   image = np.arange(16, dtype=np.uint8).reshape(4, 4)
-  cut = data._cut_in_patches(image, patch=2)
+  cut = show._cut_in_patches(image, patch=2)
   assert cut.shape == (26, 26)
   assert (cut[12:14] == 255).all() and (cut[:, 12:14] == 255).all()
   np.testing.assert_array_equal(

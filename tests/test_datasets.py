@@ -14,6 +14,7 @@ from test_data import data_config, run_cli, snapshot
 
 from train import data
 from train.data import prepared, shapes100
+from train.errors import DataError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-{}-binary.tar.gz"
 
@@ -92,7 +93,7 @@ def test_an_archive_with_another_checksum_is_refused(archive, tmp_path):
   expected = checksums.compute_url_info(path).checksum
   path.write_bytes(path.read_bytes() + b"x")
   before = snapshot(tmp_path)
-  with pytest.raises(data.DataError) as error:
+  with pytest.raises(DataError) as error:
     data.describe(data_config(data_dir=str(tmp_path / "tfds"), archive=str(path)))
   found = hashlib.sha256(path.read_bytes()).hexdigest()
   assert all(word in str(error.value) for word in (str(path), expected, found))
@@ -103,7 +104,7 @@ def test_a_broken_archive_leaves_no_half_dataset(archive, tmp_path, monkeypatch)
   path, _ = archive
   path.write_bytes(path.read_bytes()[:9000])
   take_for_published(path, 100, monkeypatch)
-  with pytest.raises(data.DataError, match="cifar100 could not be prepared"):
+  with pytest.raises(DataError, match="cifar100 could not be prepared"):
     data.describe(data_config(data_dir=str(tmp_path / "tfds"), archive=str(path)))
   assert not list((tmp_path / "tfds" / "cifar100").glob("*"))
 
@@ -116,7 +117,7 @@ def test_checksums_are_those_tfds_has_on_record(tmp_path):
 
 def test_only_cifar_is_prepared_from_an_archive(archive, tmp_path):
   config = data_config(name="shapes100", data_dir=str(tmp_path / "x"), archive=str(archive[0]))
-  with pytest.raises(data.DataError, match="Only cifar10 and cifar100"):
+  with pytest.raises(DataError, match="Only cifar10 and cifar100"):
     data.describe(config)
 
 

@@ -36,7 +36,7 @@ def test_bad_flag_is_one_line(flag, message, status, monkeypatch, capsys, tmp_pa
   argv = ["train.main", "--config", "configs/mixer.py", "--workdir", str(workdir), flag]
   argv.append("--processes=1")  # looking for others must come before JAX's backend has started
   monkeypatch.setattr(sys, "argv", argv)
-  monkeypatch.setattr("train.devices.mesh.start_jax", lambda config: None)  # conftest's eight
+  monkeypatch.setattr("train.main.start_jax", lambda config: None)  # conftest's eight
   with pytest.raises(SystemExit) as exit:
     main.main()
   error = capsys.readouterr().err

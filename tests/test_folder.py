@@ -13,7 +13,8 @@ from runs import REPOSITORY, numbers, saved_step
 
 from configs import default
 from train import data
-from train.data.folder import open_folder
+from train.data import folder
+from train.errors import DataError
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -36,7 +37,7 @@ def make_folder(path: Path, train: int = 8, test: int = 3) -> Path:
 
 
 def folder_config(path: Path, **overrides):
-  open_folder.cache_clear()
+  folder._opened.clear()
   config = default.get_config().data
   config.name = f"folder:{path}"
   config.train_split, config.validation_split = "train[:75%]", "train[75%:]"
@@ -67,10 +68,10 @@ def test_folder_is_read_like_any_dataset(tmp_path):
 
 def test_an_image_that_is_added_moves_no_other(tmp_path):
   make_folder(tmp_path)
-  before = [open_folder(tmp_path, False).records("train").file(i) for i in range(24)]
+  before = [folder.open_folder(tmp_path, False).records("train").file(i) for i in range(24)]
   Image.new("RGB", (9, 9)).save(tmp_path / "train" / "owl" / "new.png")
-  open_folder.cache_clear()
-  after = [open_folder(tmp_path, False).records("train").file(i) for i in range(25)]
+  folder._opened.clear()
+  after = [folder.open_folder(tmp_path, False).records("train").file(i) for i in range(25)]
   after.remove(str(tmp_path / "train" / "owl" / "new.png"))
   assert after == before
 
@@ -80,7 +81,7 @@ def test_broken_images_are_listed_or_skipped(tmp_path, capsys):
   torn, empty = tmp_path / "train" / "dog" / "1.jpg", tmp_path / "test" / "owl" / "0.png"
   torn.write_bytes(torn.read_bytes()[:-60])  # OpenCV would fill it up with grey
   empty.write_bytes(b"")
-  with pytest.raises(data.DataError) as error:
+  with pytest.raises(DataError) as error:
     data.describe(folder_config(tmp_path))
   lines = str(error.value).splitlines()
   assert f"{tmp_path} holds broken images (2);" in lines[0] and "skip_broken=True" in lines[0]
@@ -105,7 +106,7 @@ def test_broken_images_are_listed_or_skipped(tmp_path, capsys):
 def test_what_is_no_image_folder_is_one_line(tmp_path, spoil, message):
   path = make_folder(tmp_path / "images")
   spoil(path)
-  with pytest.raises(data.DataError, match=message) as error:
+  with pytest.raises(DataError, match=message) as error:
     data.describe(folder_config(path))
   assert "\n" not in str(error.value)
 

@@ -15,10 +15,9 @@ from PIL import Image
 from runs import CLOCK, COMMAND, REPOSITORY, numbers, saved_step, start
 
 from train import data
-from train.interrupt import TrainingFailed
+from train.errors import TrainingFailed, WorkdirError
 from train.loop import train_and_evaluate
 from train.run import metrics
-from train.run.workdir import WorkdirError
 
 
 def summary(folder: Path) -> dict:

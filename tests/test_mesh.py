@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from configs import mixer
-from train.check import ConfigError
 from train.devices.mesh import make_mesh, microbatch_size, sharded_axis
+from train.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_mesh_that_does_not_fit_is_refused_with_the_numbers(data, fsdp, message)
 def start_jax(expression: str, statements: str = "", **environment: str) -> str:
   """What `expression` prints in a new process whose JAX was set up for the default config."""
   code = (
-    "from configs import mixer; from train.devices import mesh; import jax, os; "
-    f"mesh.start_jax(mixer.get_config())\n{statements}\nprint({expression})"
+    "from configs import mixer; from train.devices.compile import start_jax; import jax, os; "
+    f"start_jax(mixer.get_config())\n{statements}\nprint({expression})"
   )
   process = subprocess.run(
     [sys.executable, "-c", code],

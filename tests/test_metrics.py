@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from train.run import metrics
+from train.run import curves, metrics
+from train.run.progress import Progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -172,7 +173,7 @@ def test_tensorboard_holds_every_number_of_every_epoch(tmp_path):
 def test_curves_are_drawn(tmp_path, epochs):
   rows = [_row(epoch) for epoch in range(1, epochs + 1)]
   rows[-1]["train_loss"] = None  # as read from a diverged run
-  metrics.draw_curves(rows, tmp_path / "curves.png", "mixer on cifar100")
+  curves.draw_curves(rows, tmp_path / "curves.png", "mixer on cifar100")
   with Image.open(tmp_path / "curves.png") as image:
     assert image.size == (1440, 456)
     assert len(image.getcolors(1 << 20)) > 50
@@ -195,8 +196,8 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
   with metrics.Writer(tmp_path / "run") as writer:
     writer.epoch(_row(1))
     writer.summary(SUMMARY)
-  monkeypatch.setattr(metrics, "_SECONDS_BETWEEN_LINES", 0.0)
-  with metrics.Progress(10, 0, 128) as progress:
+  monkeypatch.setattr("train.run.progress._SECONDS_BETWEEN_LINES", 0.0)
+  with Progress(10, 0, 128) as progress:
     progress.update()
     progress.write("hello")
   assert not (tmp_path / "run").exists()
@@ -216,9 +217,9 @@ def test_epoch_lines_show_percent_and_fit_80_columns(epoch, epochs):
 
 _RUN = """
 import time
-from train.run import metrics
-metrics._SECONDS_BETWEEN_LINES = 0.2
-with metrics.Progress(20, 10, 128, "epoch 2/2") as progress:
+from train.run import progress
+progress._SECONDS_BETWEEN_LINES = 0.2
+with progress.Progress(20, 10, 128, "epoch 2/2") as progress:
   for _ in range(10):
     time.sleep(0.1)
     progress.update()

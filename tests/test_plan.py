@@ -12,7 +12,7 @@ import pytest
 from configs import mixer, perceiver
 from launch import plan
 from train import bench, data
-from train.check import ConfigError
+from train.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -190,12 +190,12 @@ def test_a_dataset_is_foreseen_without_being_there(tmp_path):
   assert info.sizes == {"train": 45_000, "validation": 5_000, "test": 10_000}
   assert (info.num_classes, info.image_shape) == (100, (32, 32, 3))
   config.name = "mnist"
-  with pytest.raises(data.DataError, match="--images=N says how many train"):
+  with pytest.raises(DataError, match="--images=N says how many train"):
     data.foresee(config)
   info = data.foresee(config, train_images=60_000)
   assert (info.sizes, info.image_shape, info.num_classes) == ({"train": 60_000}, (28, 28, 1), 10)
   config.train_split = "training"
   config.name = "cifar10"
-  with pytest.raises(data.DataError, match="'training' is no split of cifar10"):
+  with pytest.raises(DataError, match="'training' is no split of cifar10"):
     data.foresee(config)
   assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from PIL import Image
 from train import data, evaluate, predict
 from train.devices.mesh import make_mesh
 from train.run import checkpoint, metrics
+from train.step import evaluate as evaluate_split
 from train.step import make_eval_step
 
 
@@ -68,7 +69,7 @@ def test_evaluation_counts_every_image_once(finished_run, devices):
   trained = checkpoint.load_trained_model(finished_run, mesh)
   split = data.load(smoke_config().data, 32, splits=("test",)).test
   step = make_eval_step(trained.model, 4, mesh)
-  result = evaluate.evaluate(step, trained.weights, split, 96, mesh)  # 500 = 5 x 96 + 20
+  result = evaluate_split(step, trained.weights, split, 96, mesh)  # 500 = 5 x 96 + 20
   expected = metrics.read_summary(finished_run)
   assert result["accuracy"] == expected["test_accuracy"]
   assert result["top5"] == expected["test_top5"]

@@ -17,8 +17,9 @@ import mlp_models
 from train import augment, optimizer
 from train.data import DatasetInfo, Split
 from train.data.batches import stack
+from train.data.statistics import channel_statistics
 from train.devices.mesh import by_example, make_mesh, sharded_axis, state_shardings
-from train.state import Sums, abstract_state, channel_statistics, init_state, make_init, make_model
+from train.state import Sums, abstract_state, init_state, make_init, make_model
 from train.step import (
   compile_in_background,
   loss,

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,12 +31,15 @@ from ml_collections import ConfigDict
 import mlp_models
 from train import augment, check, data, flags
 from train.data.batches import train_calls
+from train.data.statistics import channel_statistics
 from train.devices import mesh
-from train.evaluate import evaluate
-from train.state import TrainState, abstract_state, channel_statistics, make_init, make_model
+from train.devices.compile import compiler_options, start_jax
+from train.devices.machine import peak_memory, process_age
+from train.errors import ConfigError, DataError, fail
+from train.state import TrainState, abstract_state, make_init, make_model
 from train.step import (
   compile_in_background,
-  compiler_options,
+  evaluate,
   loss,
   lower_train_step,
   make_eval_step,
@@ -212,29 +214,6 @@ def matmul_peak(devices: Mesh, dtype: str) -> float:
   return 2 * side**3 * devices.size / min(times[1:]) / 1e9
 
 
-def peak_memory(devices: Mesh) -> int:
-  """Bytes: of the fullest device on an accelerator, of the whole process on a CPU."""
-  if devices.devices.flat[0].platform != "cpu":
-    return max(d.memory_stats()["peak_bytes_in_use"] for d in devices.local_devices)
-  return process_memory()
-
-
-def process_memory() -> int:
-  """The most bytes of memory that this process has held so far."""
-  unit = 1 if sys.platform == "darwin" else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def process_age() -> float:
-  """Seconds since this process started."""
-  created = psutil.Process().create_time()
-  if hasattr(time, "CLOCK_BOOTTIME"):
-    # On Linux psutil adds the time from boot to start, which is exact, to a time of boot in whole
-    # seconds: taken off again, and both clocks begin at boot.
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - (created - psutil.boot_time())
-  return time.time() - created
-
-
 def phases(training: Training, repeats: int) -> dict[str, float]:
   """Milliseconds of a step that each phase takes, as differences between parts of the step.
 
@@ -352,7 +331,7 @@ def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[d
       config.batch_size = value
     try:
       training = prepare(config, dataset)
-    except (check.ConfigError, MemoryError) as error:
+    except (ConfigError, MemoryError) as error:
       print(f"{over} {value:5}  left out: {error}", flush=True)
       continue
     training, times = time_steps(training, repeats, seconds)
@@ -445,7 +424,7 @@ def _measure_all(output: Path, repeats: int, seconds: float) -> None:
     command += ["--config.compilation_cache=False"]  # so that it is compiled, and not looked up
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if process.returncode:
-      flags.fail(f"{' '.join(command[1:])} failed", process.returncode)
+      fail(f"{' '.join(command[1:])} failed", process.returncode)
     rows.append(json.loads(process.stdout.splitlines()[-1]))
     print(f"{name:10} {rows[-1]['images_per_second']:8.1f} images/s", flush=True)
   (output / "bench.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -475,14 +454,14 @@ def main() -> None:
     arguments, config = flags.parse(parser)
   repeats, seconds = arguments.repeats, arguments.seconds
   if repeats < 1 or seconds <= 0:
-    flags.fail("--repeats must be at least 1, and --seconds more than 0", 2)
+    fail("--repeats must be at least 1, and --seconds more than 0", 2)
   flags.quiet_libraries()
   try:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.all:
       return _measure_all(arguments.output, repeats, seconds)
     check.check_config(config)
-    mesh.start_jax(config)
+    start_jax(config)
     config.data = data.resolve(config.data)
     if arguments.tune:
       if not (rates := tune(config, repeats, seconds)):
@@ -495,8 +474,8 @@ def main() -> None:
       start = process_age()
       with contextlib.closing(training.calls):  # ends the workers of a streamed set
         _print_figures(training, arguments, start)
-  except (check.ConfigError, data.DataError, MemoryError, OSError) as error:
-    flags.fail(error, 2 if isinstance(error, check.ConfigError) else 1)
+  except (ConfigError, DataError, MemoryError, OSError) as error:
+    fail(error, 2 if isinstance(error, ConfigError) else 1)
 
 
 def _print_figures(training: Training, arguments: argparse.Namespace, start: float) -> None:
@@ -511,7 +490,7 @@ def _print_figures(training: Training, arguments: argparse.Namespace, start: flo
 def _sweep_and_draw(config: ConfigDict, arguments: argparse.Namespace) -> None:
   over = arguments.sweep
   if not (rows := sweep(config, over, arguments.repeats, arguments.seconds)):
-    flags.fail(f"--sweep {over}: no size could be measured", 1)
+    fail(f"--sweep {over}: no size could be measured", 1)
   name = config.model.name
   (arguments.output / "sweep.json").write_text(json.dumps({"model": name, "rows": rows}, indent=2))
   draw_sweep(rows, over, f"{name}: cost by {over}", arguments.output / "sweep.png")

@@ -5,11 +5,8 @@ import math
 from ml_collections import ConfigDict
 
 import mlp_models
+from train.errors import ConfigError
 from train.optimizer import BEST
-
-
-class ConfigError(ValueError):
-  """A config that can't be trained. The message names the value and the way out."""
 
 
 def check_config(config: ConfigDict) -> None:

@@ -1,4 +1,12 @@
-"""Datasets: builders of our own, which prepare without TensorFlow, and what can go wrong."""
+"""What may go wrong in a run, and how a command says so."""
+
+import signal
+import sys
+from typing import NoReturn
+
+
+class ConfigError(ValueError):
+  """A config that can't be trained. The message names the value and the way out."""
 
 
 class DataError(Exception):
@@ -9,7 +17,33 @@ class UnreachableError(DataError):
   """The dataset is not on disk and can't be downloaded now."""
 
 
+class WorkdirError(ValueError):
+  """A workdir can't be used. The message is the complete text for the user."""
+
+
+class Disagreement(ValueError):
+  """The processes of a run do not do the same. The message is the complete text for the user."""
+
+
+class TrainingFailed(Exception):
+  """Nothing can come of this run. The message says why, and what to change."""
+
+
+class Interrupted(Exception):
+  """A signal has asked the run to stop."""
+
+  def __init__(self, signum: int):
+    super().__init__(signal.Signals(signum).name)
+    self.exit_status = 128 + signum  # as a shell reports a process that the signal ended
+
+
 def first_line(error: Exception) -> str:
   """The first line of an error's message, as a sentence."""
   text = str(error).strip() or type(error).__name__
   return text.splitlines()[0].rstrip(".") + "."
+
+
+def fail(error: object, status: int) -> NoReturn:
+  """Ends the program with a message on stderr and this exit status."""
+  print(f"error: {error}", file=sys.stderr, flush=True)
+  sys.exit(status)

@@ -7,42 +7,13 @@ Prints one JSON object: split, images, loss, accuracy and top5, the last two as 
 
 import argparse
 import json
-from collections.abc import Callable
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from train import data, flags
-from train.check import ConfigError
-from train.data.batches import eval_batches
-from train.devices.mesh import make_mesh, microbatch_size, start_jax
-from train.run.workdir import WorkdirError, from_flag, read_config
-from train.state import Sums, Weights
-from train.step import make_eval_step
-
-
-def evaluate(
-  step: Callable,
-  weights: Weights,
-  split: data.Split | data.StreamedSplit,
-  batch_size: int,
-  mesh: Mesh,
-  after_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-  """Loss, accuracy and top5 (fractions) over a split, every image counted once.
-
-  Args:
-    step: as `step.make_eval_step` gives it.
-    after_batch: called after each batch; what it raises ends the evaluation.
-  """
-  total = Sums.zero()
-  for batch in eval_batches(split, batch_size, mesh):
-    before, sums = total, step(weights, batch)
-    total = jax.tree.map(jnp.add, total, sums)
-    jax.block_until_ready(before)  # no more than one batch ahead, so that `after_batch` is in time
-    after_batch()
-  return total.means()
+from train.devices.compile import start_jax
+from train.devices.mesh import make_mesh, microbatch_size
+from train.errors import ConfigError, DataError, UnreachableError, WorkdirError, fail
+from train.run.workdir import from_flag, read_config
+from train.step import evaluate, make_eval_step
 
 
 def main() -> None:
@@ -65,11 +36,11 @@ def main() -> None:
       data.move(config.data, arguments.data_dir)
     dataset = data.load(config.data, config.model.image_size, splits=(arguments.split,))
   except (ConfigError, WorkdirError) as error:
-    flags.fail(error, 1)
-  except data.UnreachableError as error:
-    flags.fail(f"{str(error).splitlines()[0]} Say where it is with --data_dir.", 1)
-  except data.DataError as error:
-    flags.fail(str(error).replace("--config.data.", "--"), 1)
+    fail(error, 1)
+  except UnreachableError as error:
+    fail(f"{str(error).splitlines()[0]} Say where it is with --data_dir.", 1)
+  except DataError as error:
+    fail(str(error).replace("--config.data.", "--"), 1)
   split = getattr(dataset, arguments.split)
   step = make_eval_step(trained.model, microbatch, mesh)
   metrics = evaluate(step, trained.weights, split, config.batch_size, mesh)

@@ -5,10 +5,11 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from train.errors import fail
 
 CONFIG_HELP = "config file, as in configs/mixer.py or configs/mixer.py:smoke"
 
@@ -31,12 +32,6 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDi
 def quiet_libraries() -> None:
   """Silences what orbax and TFDS log of every save, restore and read; their errors still show."""
   logging.set_verbosity(logging.ERROR)
-
-
-def fail(error: object, status: int) -> NoReturn:
-  """Ends the program with a message on stderr and this exit status."""
-  print(f"error: {error}", file=sys.stderr, flush=True)
-  sys.exit(status)
 
 
 def _read_config(path: str, overrides: Sequence[str]) -> ConfigDict:

@@ -1,22 +1,10 @@
-"""What ends a run early: a signal, or a loss that is no longer a number."""
+"""How a run is asked to stop: by a signal."""
 
 import os
 import signal
 
 # Ctrl-C; what ends a job on a cluster or a preempted machine; SLURM's warning before it.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class TrainingFailed(Exception):
-  """Nothing can come of this run. The message says why, and what to change."""
-
-
-class Interrupted(Exception):
-  """A signal has asked the run to stop."""
-
-  def __init__(self, signum: int):
-    super().__init__(signal.Signals(signum).name)
-    self.exit_status = 128 + signum  # as a shell reports a process that the signal ended
 
 
 class StopRequest:

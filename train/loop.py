@@ -14,21 +14,16 @@ from ml_collections import ConfigDict
 
 from train import data, optimizer
 from train.data.batches import num_batches, train_calls
+from train.data.statistics import channel_statistics
 from train.devices import hosts
 from train.devices.mesh import FSDP, make_mesh, microbatch_size, replicated
-from train.evaluate import evaluate
-from train.interrupt import Interrupted, StopRequest, TrainingFailed
+from train.errors import Interrupted, TrainingFailed
+from train.interrupt import StopRequest
 from train.run import metrics, workdir
 from train.run.checkpoint import Checkpoints
-from train.state import (
-  Sums,
-  TrainState,
-  abstract_state,
-  channel_statistics,
-  make_init,
-  make_model,
-)
-from train.step import compile_in_background, make_eval_step, make_train_step
+from train.run.progress import Progress
+from train.state import Sums, TrainState, abstract_state, make_init, make_model
+from train.step import compile_in_background, evaluate, make_eval_step, make_train_step
 
 _SAVE = 1  # what a process votes for, or the number of a signal: 2 and more
 
@@ -53,7 +48,7 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
   microbatch = microbatch_size(config, mesh)
   with hosts.first_goes_first():
     config.data = data.resolve(config.data)
-  info = data.describe(config.data)
+  info = data.describe(config.data, data.Processes(hosts.share, hosts.gather))
   with hosts.first_goes_first():
     workdir.claim(folder, config, info)
   summary = metrics.read_summary(folder)
@@ -100,7 +95,7 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
       if decision > _SAVE:
         raise Interrupted(decision)
 
-    progress = metrics.Progress(config.epochs * steps_per_epoch, int(state.step), config.batch_size)
+    progress = Progress(config.epochs * steps_per_epoch, int(state.step), config.batch_size)
     writer = metrics.Writer(folder, int(state.epoch), f"{config.model.name} on {info.name}")
     with writer, progress:
       while not _finished(state, config):
@@ -189,7 +184,7 @@ def _train_epoch(
   state: TrainState,
   step: Callable,
   calls: Iterable[dict],
-  progress: metrics.Progress,
+  progress: Progress,
   after_call: Callable[[TrainState], None],
 ) -> TrainState:
   before = None

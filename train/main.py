@@ -11,9 +11,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from train import check, flags
-from train.data import DataError
-from train.devices import hosts, mesh
-from train.interrupt import Interrupted, TrainingFailed
+from train.devices import hosts
+from train.devices.compile import start_jax
+from train.errors import (
+  ConfigError,
+  DataError,
+  Disagreement,
+  Interrupted,
+  TrainingFailed,
+  WorkdirError,
+  fail,
+)
 from train.run import workdir
 
 _OUT_OF_MEMORY = """out of memory. Three knobs help:
@@ -37,9 +45,9 @@ def main() -> None:
   flags.quiet_libraries()
   try:
     check.check_config(config)
-  except check.ConfigError as error:
-    flags.fail(error, 2)
-  mesh.start_jax(config)
+  except ConfigError as error:
+    fail(error, 2)
+  start_jax(config)
   with hosts.joined(arguments):
     _run(config, arguments.workdir)
 
@@ -56,20 +64,20 @@ def _run(config: ConfigDict, folder: epath.Path | None) -> None:
     summary = loop.train_and_evaluate(config, folder)
   except Interrupted as interruption:
     again = f"the same command with --workdir {folder} goes on from there"
-    flags.fail(f"stopped by {interruption}; {again}", interruption.exit_status)
+    fail(f"stopped by {interruption}; {again}", interruption.exit_status)
   except KeyboardInterrupt:  # before training, when there is nothing to save, or a second Ctrl-C
-    flags.fail("stopped by SIGINT", 130)
-  except check.ConfigError as error:
-    flags.fail(error, 2)
-  except (DataError, workdir.WorkdirError, TrainingFailed, hosts.Disagreement) as error:
-    flags.fail(error, 1)
+    fail("stopped by SIGINT", 130)
+  except ConfigError as error:
+    fail(error, 2)
+  except (DataError, WorkdirError, TrainingFailed, Disagreement) as error:
+    fail(error, 1)
   except OSError as error:  # a full disk, a folder that may not be written
-    flags.fail(f"{error.filename or folder}: {error.strerror or error}", 1)
+    fail(f"{error.filename or folder}: {error.strerror or error}", 1)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error):
-      flags.fail(_OUT_OF_MEMORY, 1)
+      fail(_OUT_OF_MEMORY, 1)
     if hosts.is_loss_of_another(error):
-      flags.fail(f"another process of this run is lost: {error}", hosts.LOST)
+      fail(f"another process of this run is lost: {error}", hosts.LOST)
     raise
   print(metrics.format_summary(summary, folder))
 

@@ -15,11 +15,14 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
-from train import augment, data, flags
-from train.data import batches
-from train.devices import mesh
+from train import augment, flags
+from train.data.batches import batches
+from train.data.decode import PIL_MODES
+from train.data.splits import Split
+from train.devices.mesh import make_mesh
+from train.errors import WorkdirError, fail
 from train.run.checkpoint import TrainedModel, load_trained_model
-from train.run.workdir import WorkdirError, from_flag
+from train.run.workdir import from_flag
 
 TOP = 5
 
@@ -44,7 +47,7 @@ def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
 
   labels = np.zeros(len(images), np.int32)  # unknown, and not looked at
   size = min(len(images), trained.config.batch_size)
-  rows = batches.batches(data.Split(images, labels), size)
+  rows = batches(Split(images, labels), size)
   answers = [probabilities(weights, batch["image"])[batch["mask"]] for batch in rows]
   return np.concatenate(answers)
 
@@ -58,7 +61,7 @@ def read_image(path: str, shape: Sequence[int]) -> np.ndarray:
   height, width, channels = shape
   with Image.open(path) as image:
     image = ImageOps.exif_transpose(image)  # upright, as a camera meant it
-    image = image.convert(data.PIL_MODES[channels])
+    image = image.convert(PIL_MODES[channels])
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(shape)
 
@@ -72,9 +75,9 @@ def main() -> None:
   arguments = parser.parse_args()
   flags.quiet_libraries()
   try:
-    trained = load_trained_model(arguments.workdir, mesh.make_mesh())
+    trained = load_trained_model(arguments.workdir, make_mesh())
   except WorkdirError as error:
-    flags.fail(error, 1)
+    fail(error, 1)
 
   shape = trained.info.shape_in_memory(trained.config.model.image_size)
   read = {}

@@ -2,9 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +14,10 @@ from ml_collections import ConfigDict
 
 import mlp_models
 from train import optimizer
-from train.data import DatasetInfo, Split, StreamedSplit
-from train.devices.machine import cores
+from train.data.splits import DatasetInfo
 from train.devices.mesh import state_shardings
 
 Array = jax.Array
-
-_BYTES_AT_A_TIME = 2**22  # of images that a thread holds; OpenCV counts pixels in 32 bits
 
 
 class Sums(struct.PyTreeNode):
@@ -79,29 +74,6 @@ def make_model(config: ConfigDict, num_classes: int) -> nn.Module:
   return mlp_models.create(
     **config.model, num_classes=num_classes, dtype=config.dtype, remat=config.remat
   )
-
-
-def channel_statistics(split: Split | StreamedSplit) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and variance of each channel of a split's images, in pixel units: float32 [C] each.
-
-  Of many images, 65,536 evenly spaced ones stand for all.
-  """
-  rows = np.linspace(0, len(split), min(len(split), 2**16), endpoint=False, dtype=int)
-  image, _ = split[rows[:1]]
-  size = max(1, _BYTES_AT_A_TIME // image.nbytes)
-  parts = np.split(rows, range(size, len(rows), size))
-
-  def mean_and_deviation(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    images, _ = split[part]
-    return cv2.meanStdDev(images.reshape(-1, *images.shape[2:]))
-
-  with ThreadPoolExecutor(cores()) as threads:  # decoders need no lock
-    each = list(threads.map(mean_and_deviation, parts))
-  means, deviations = np.asarray(each)[..., 0].swapaxes(0, 1)
-  average = functools.partial(np.average, axis=0, weights=[len(part) for part in parts])
-  mean = average(means)
-  variance = average(deviations**2 + means**2) - mean**2
-  return mean.astype(np.float32), variance.astype(np.float32)
 
 
 def init_state(

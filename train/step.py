@@ -8,7 +8,7 @@ device first and over the devices once a step.
 import functools
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -19,8 +19,9 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from train import augment
-from train.data import DatasetInfo
-from train.data.batches import num_batches
+from train.data.batches import eval_batches, num_batches
+from train.data.splits import DatasetInfo, Split, StreamedSplit
+from train.devices.compile import compiler_options, in_background
 from train.devices.mesh import (
   BATCH,
   DATA,
@@ -67,15 +68,6 @@ def make_train_step(config: ConfigDict, num_classes: int, microbatch: int, mesh:
   return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options(config, mesh))
 
 
-def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, str]:
-  """What XLA must be told to compile gradients for `config`."""
-  if config.remat and mesh.devices.flat[0].platform == "cpu":
-    # On a CPU, XLA drops the barriers in front of what is computed again, and then finds that it
-    # has computed it before: remat would save nothing.
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
-  return {}
-
-
 def lower_train_step(
   step: Callable, state: TrainState, config: ConfigDict, info: DatasetInfo, mesh: Mesh
 ) -> jax.stages.Lowered:
@@ -98,7 +90,7 @@ def lower_train_step(
 def compile_in_background(
   step: Callable, init: Callable, config: ConfigDict, info: DatasetInfo, mesh: Mesh
 ) -> Future[tuple[jax.stages.Compiled, float]]:
-  """Compiles what `make_train_step` and `make_init` gave; called, both then use it.
+  """Compiles what `make_train_step` and `make_init` gave; later calls reuse the result.
 
   In a thread, because XLA needs no Python: images can be read meanwhile.
 
@@ -114,10 +106,7 @@ def compile_in_background(
     init.lower(*abstract_statistics(info)).compile()
     return compiled, seconds
 
-  worker = ThreadPoolExecutor(1)
-  compiling = worker.submit(compile_both)
-  worker.shutdown(wait=False)
-  return compiling
+  return in_background(compile_both)
 
 
 def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> Callable:
@@ -208,7 +197,7 @@ def eval_step(
 ) -> Sums:
   """Sums of loss and hits over the examples of `batch` whose mask is True, without augmentation."""
 
-  def evaluate(params, examples: Batch, positions: Array):
+  def forward(params, examples: Batch, positions: Array):
     del positions
     images = augment.preprocess(
       examples["image"],
@@ -219,7 +208,30 @@ def eval_step(
     logits = model.apply({"params": params}, images)
     return sum_metrics(logits, examples["label"], examples["mask"])
 
-  return sum_over_batch(evaluate, Sums.zero(), weights.params, batch, microbatch, mesh)
+  return sum_over_batch(forward, Sums.zero(), weights.params, batch, microbatch, mesh)
+
+
+def evaluate(
+  step: Callable,
+  weights: Weights,
+  split: Split | StreamedSplit,
+  batch_size: int,
+  mesh: Mesh,
+  after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+  """Loss, accuracy and top5 (fractions) over a split, every image counted once.
+
+  Args:
+    step: as `make_eval_step` gives it.
+    after_batch: called after each batch; what it raises ends the evaluation.
+  """
+  total = Sums.zero()
+  for batch in eval_batches(split, batch_size, mesh):
+    before, sums = total, step(weights, batch)
+    total = jax.tree.map(jnp.add, total, sums)
+    jax.block_until_ready(before)  # no more than one batch ahead, so that `after_batch` is in time
+    after_batch()
+  return total.means()
 
 
 def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:

@@ -1,5 +1,53 @@
-"""`python -m train.data`."""
+"""Prepares a dataset, or draws samples of one.
 
-from train.data import main
+python -m train.data prepare --name cifar100 [--data_dir DIR] [--archive FILE]
+python -m train.data show --config configs/mixer.py [--config.KEY=VALUE] [--output FILE.png]
+"""
 
-main()
+import argparse
+
+from ml_collections import ConfigDict
+
+from train import flags
+from train.data.prepared import open_prepared
+from train.data.show import draw_samples
+from train.errors import DataError, fail
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog="python -m train.data", allow_abbrev=False)
+  commands = parser.add_subparsers(dest="command", required=True)
+  prepare = commands.add_parser("prepare", help="write a dataset to disk", allow_abbrev=False)
+  prepare.add_argument("--name", required=True, help='dataset of TFDS, or "shapes100"')
+  prepare.add_argument("--data_dir", default="", help="where to; default: $TFDS_DATA_DIR")
+  prepare.add_argument("--archive", default="", help="archive on disk, instead of a download")
+  samples = commands.add_parser("show", help="draw sample images and patches", allow_abbrev=False)
+  samples.add_argument("--config", required=True, help=flags.CONFIG_HELP)
+  samples.add_argument("--output", default="samples.png", help="PNG file to write")
+  return parser
+
+
+def main() -> None:
+  """Runs the command line; exit status 1: no usable dataset, 2: wrong flags."""
+  parser = _parser()
+  arguments, unknown = parser.parse_known_args()
+  try:
+    if arguments.command == "show":
+      arguments, config = flags.parse(parser)
+      draw_samples(config, arguments.output)
+      print(f"Wrote {arguments.output}")
+    elif unknown:
+      parser.error(f"unknown argument {unknown[0]!r}")
+    else:
+      dataset = open_prepared(ConfigDict(vars(arguments)))
+      print(f"{arguments.name} is prepared in {dataset.folder}")
+  except DataError as error:
+    # `prepare` has the same flags, without the prefix.
+    prefix = "--" if arguments.command == "prepare" else "--config.data."
+    fail(str(error).replace("--config.data.", prefix), 1)
+  except (OSError, ValueError) as error:  # an output that can't be written, a wrong patch size
+    fail(error, 2)
+
+
+if __name__ == "__main__":
+  main()

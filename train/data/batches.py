@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
-from train.data import Split, StreamedSplit
+from train.data.splits import Split, StreamedSplit
 from train.devices.mesh import by_example
 from train.interrupt import SIGNALS
 

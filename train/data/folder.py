@@ -1,20 +1,34 @@
 """Image folders: PATH/{train,test}/CLASS/*.png|jpg, read as TFDS's sets are."""
 
 import concurrent.futures
-import functools
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from train.devices import hosts
 from train.devices.machine import cores
 from train.errors import DataError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LISTED = 20  # broken images that a message names
+
+
+class Processes(NamedTuple):
+  """How the processes that open a folder together divide the work.
+
+  share: this process' part of a sequence that is the same in all of them.
+  gather: what each process passes (of JSON's types), in their order; waits for all of them.
+  """
+
+  share: Callable[[Sequence], Sequence]
+  gather: Callable[[Any], list]
+
+
+ALONE = Processes(share=lambda items: items, gather=lambda content: [content])
+_opened: dict[tuple[Path, bool], "Folder"] = {}  # the last folder: its images are looked at once
 
 
 class Records:
@@ -46,11 +60,12 @@ class Folder:
 
   image_shape = (None, None, 3)
 
-  def __init__(self, path: Path, skip_broken: bool = False):
+  def __init__(self, path: Path, skip_broken: bool = False, processes: Processes = ALONE):
     """
     Args:
       path: of the folder.
       skip_broken: leave out images that can't be decoded, and say so on stderr.
+      processes: that open the folder together.
     Raises:
       DataError: the folder is none, holds no images, or broken ones.
     """
@@ -72,7 +87,8 @@ class Folder:
     for split, classes in files.items():
       if unknown := sorted(classes.keys() - files["train"].keys()):
         raise DataError(f"{path / split / unknown[0]} is a class that {path}/train lacks.")
-    broken = _broken([f for classes in files.values() for fs in classes.values() for f in fs])
+    every_file = [f for classes in files.values() for fs in classes.values() for f in fs]
+    broken = _broken(every_file, processes)
     if broken:
       _report(path, broken, skip_broken)
     self._splits = {
@@ -106,10 +122,14 @@ class Folder:
     return Records([path for _, path, _ in rows], [label for _, _, label in rows])
 
 
-@functools.lru_cache(maxsize=1)
-def open_folder(path: Path, skip_broken: bool) -> Folder:
+def open_folder(path: Path, skip_broken: bool, processes: Processes = ALONE) -> Folder:
   """The dataset of a folder, whose images are looked at once; a call for all processes."""
-  return Folder(path, skip_broken)
+  key = (path, skip_broken)  # whoever opened it first
+  if key not in _opened:
+    folder = Folder(path, skip_broken, processes)
+    _opened.clear()
+    _opened[key] = folder
+  return _opened[key]
 
 
 def _folders(path: Path) -> list[Path]:
@@ -120,7 +140,7 @@ def _hash(file: Path) -> str:
   return hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).hexdigest()
 
 
-def _broken(files: Sequence[Path]) -> dict[Path, str]:
+def _broken(files: Sequence[Path], processes: Processes) -> dict[Path, str]:
   """The files that are no whole images, and why: Pillow refuses what OpenCV fills up with grey."""
 
   def look(file: Path) -> str:
@@ -131,11 +151,11 @@ def _broken(files: Sequence[Path]) -> dict[Path, str]:
     except Exception as error:  # Pillow's decoders raise what they like
       return str(error).splitlines()[0] if str(error) else type(error).__name__
 
-  mine = hosts.share(files)
+  mine = processes.share(files)
   with concurrent.futures.ThreadPoolExecutor(cores()) as threads:  # decoders need no lock
     reasons = zip(mine, threads.map(look, mine), strict=True)
     found = [(str(file), reason) for file, reason in reasons if reason]
-  return {Path(file): reason for part in hosts.gather(found) for file, reason in part}
+  return {Path(file): reason for part in processes.gather(found) for file, reason in part}
 
 
 def _report(path: Path, broken: dict[Path, str], skipped: bool) -> None:

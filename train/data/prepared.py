@@ -198,13 +198,10 @@ def _builder(name, data_dir):
   """The TFDS builder of a dataset, ours where we have one; nothing is prepared yet."""
   import tensorflow_datasets as tfds  # imported late: half a second
 
-  from train.data import cifar, shapes100
+  from train.data.cifar import Cifar10, Cifar100
+  from train.data.shapes100 import Shapes100
 
-  ours = {
-    "cifar10": cifar.Cifar10,
-    "cifar100": cifar.Cifar100,
-    "shapes100": shapes100.Shapes100,
-  }
+  ours = {"cifar10": Cifar10, "cifar100": Cifar100, "shapes100": Shapes100}
   try:
     if name in ours:
       return ours[name](data_dir=data_dir)

@@ -24,9 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from train import flags
 from train.devices.mesh import by_example
-from train.interrupt import Interrupted
+from train.errors import Disagreement, Interrupted, fail
 
 LOST = 75  # exit status where another process is missing or lost: sysexits' "try again"
 _HOURS_TO_WAIT = 24  # while another process prepares a dataset
@@ -58,7 +57,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
   try:
     _connect(arguments.coordinator, arguments.process_id, arguments.processes)
   except (ValueError, RuntimeError) as error:
-    flags.fail(f"the processes of this run did not meet: {str(error).splitlines()[0]}", 1)
+    fail(f"the processes of this run did not meet: {str(error).splitlines()[0]}", 1)
   if not jax.distributed.is_initialized():
     yield
     return
@@ -81,9 +80,9 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
     return
   is_told = given != [None] * 3
   if is_told and None in given:
-    flags.fail("--coordinator, --process_id and --processes go together: give all three", 2)
+    fail("--coordinator, --process_id and --processes go together: give all three", 2)
   if is_told and (":" not in coordinator or not 0 <= process_id < processes):
-    flags.fail(
+    fail(
       f"--coordinator {coordinator} --process_id {process_id} --processes {processes}: "
       "HOST:PORT is needed, and a process_id from 0 to processes - 1",
       2,
@@ -118,7 +117,7 @@ def _require_alone() -> None:
   """Ends the process with one line if it was started as one of several that it can't find."""
   for name, launcher in _LAUNCHED_BY.items():
     if name in os.environ:
-      flags.fail(
+      fail(
         f"{launcher} has started this process ({name}={os.environ[name]}), and JAX does not find "
         "the others: give --coordinator, --process_id and --processes, install what --help names, "
         "or say --processes=1 if it is alone",
@@ -195,10 +194,6 @@ def gather(content: Any) -> list:
   padded = np.pad(text, (0, int(sizes.max()) - len(text)))
   rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
   return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-
-
-class Disagreement(ValueError):
-  """The processes of a run do not do the same. The message is the complete text for the user."""
 
 
 def require_same(what: str, content: Any) -> None:

@@ -1,9 +1,18 @@
-"""What of the machine this process may use."""
+"""CPU cores and memory available to this process, and what it has used of them."""
+
+from __future__ import annotations
 
 import os
+import resource
+import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:  # preparing a dataset needs no JAX, which takes a second to import
+  from jax.sharding import Mesh
 
 
 def cores() -> int:
@@ -31,3 +40,26 @@ def memory_limit(root: Path = Path("/")) -> int:
       if (folder / name).exists() and (text := (folder / name).read_text().strip()) != "max":
         limits.append(int(text))
   return min(limits)
+
+
+def peak_memory(devices: Mesh) -> int:
+  """Bytes: of the fullest device on an accelerator, of the whole process on a CPU."""
+  if devices.devices.flat[0].platform != "cpu":
+    return max(d.memory_stats()["peak_bytes_in_use"] for d in devices.local_devices)
+  return process_memory()
+
+
+def process_memory() -> int:
+  """The most bytes of memory that this process has held so far."""
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def process_age() -> float:
+  """Seconds since this process started."""
+  created = psutil.Process().create_time()
+  if hasattr(time, "CLOCK_BOOTTIME"):
+    # On Linux psutil adds the time from boot to start, which is exact, to a time of boot in whole
+    # seconds: taken off again, and both clocks begin at boot.
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (created - psutil.boot_time())
+  return time.time() - created

@@ -1,19 +1,14 @@
 """Devices -> mesh, and how arrays lie on it."""
 
-import ctypes
 import math
-import os
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from train.check import ConfigError
-from train.devices.machine import cores
+from train.errors import ConfigError
 
 DATA, FSDP = "data", "fsdp"  # the mesh's axes
 BATCH = (DATA, FSDP)  # those over which the batch is cut
@@ -21,68 +16,6 @@ BATCH = (DATA, FSDP)  # those over which the batch is cut
 # Elements of an array under which each device holds all of it: a message of its own would cost more
 # time than the copies cost memory.
 _SHARDED_FROM = 2**14
-
-_XLA_FLAGS = (
-  # XLA ends the process if a CPU device waits 40 s for another at the sum of the gradients: a step
-  # of Perceiver on a busy machine, or a laptop's lid.
-  "--xla_cpu_collective_call_terminate_timeout_seconds=3600",
-  # Results that read the same arrays are computed in one loop. On a CPU, the gradients of FNet take
-  # 6 % less time, those of gMLP 5 %.
-  "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true",
-)
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def start_jax(config: ConfigDict) -> None:
-  """Sets JAX up for a run, before anything starts its backend.
-
-  Compiled programs are kept in the user's cache folder, if `config.compilation_cache` says so and
-  the user has chosen no other folder (JAX_COMPILATION_CACHE_DIR).
-  """
-  _use_every_core(config.batch_size)
-  _keep_freed_memory()
-  set_xla_flags()
-  if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlp_models"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def set_xla_flags() -> None:
-  """Adds our options to XLA_FLAGS, but for those that the user has set."""
-  flags = os.environ.get("XLA_FLAGS", "")
-  ours = [flag for flag in _XLA_FLAGS if flag.split("=")[0] not in flags]
-  os.environ["XLA_FLAGS"] = " ".join([flags, *ours]).strip()
-
-
-def _use_every_core(batch_size: int) -> None:
-  """Makes each CPU core a JAX device, so that one step runs on all of them.
-
-  XLA's own threads share one batch poorly between cores; as devices of their own, the cores work
-  through small microbatches that stay in their caches. Has no effect where JAX finds an
-  accelerator, or where the user has set the number of CPU devices.
-
-  Args:
-    batch_size: of the run; the largest number of cores that divides it is taken.
-  """
-  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-    return
-  if "JAX_NUM_CPU_DEVICES" in os.environ:
-    return
-  devices = next(n for n in range(cores(), 0, -1) if batch_size % n == 0)
-  jax.config.update("jax_num_cpu_devices", devices)
-
-
-def _keep_freed_memory() -> None:
-  """Has glibc keep up to 64 MiB that is freed, for what is allocated next.
-
-  XLA's products on a CPU allocate their temporaries anew each time. Given back to the system in
-  between, and mapped again page by page, they double the time of ViT's evaluation.
-  """
-  if platform.libc_ver()[0] == "glibc":
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**26)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

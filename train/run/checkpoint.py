@@ -14,7 +14,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train.data import DatasetInfo
+from train.data.splits import DatasetInfo
+from train.errors import WorkdirError
 from train.run import metrics, workdir
 from train.state import TrainState, Weights, abstract_state, make_init, make_model
 
@@ -120,7 +121,7 @@ def load_trained_model(folder: epath.Path, mesh: Mesh) -> TrainedModel:
       like = abstract_state(make_init(config, info, mesh), info).weights()
       weights = checkpoints.restore_best(like, best_epoch)
   if weights is None:
-    raise workdir.WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")
+    raise WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")
   return TrainedModel(config, info, make_model(config, info.num_classes), weights)
 
 
@@ -132,7 +133,7 @@ def _restore(manager: ocp.CheckpointManager, like, label=None):
     # Told today's shardings: the devices may not be those that saved.
     return manager.restore(label, args=ocp.args.StandardRestore(like))
   except (OSError, ValueError, KeyError) as error:
-    raise workdir.WorkdirError(
+    raise WorkdirError(
       f"the checkpoint {manager.directory / str(label)} can't be read: "
       f"{(str(error) or repr(error)).splitlines()[0]}"
     ) from error

@@ -1,17 +1,14 @@
-"""What a run writes while it goes: numbers, curves and progress.
+"""The numbers that a run writes while it goes.
 
 In the workdir: `metrics.jsonl` (a line an epoch), `summary.json` (once, at the end), `curves.png`
-and TensorBoard events in `tensorboard/`. On the terminal: a progress bar and two lines an epoch.
+and TensorBoard events in `tensorboard/`. On the terminal: two lines an epoch.
 Of several processes only the first writes; the others make the same calls, to no effect.
 Epochs count from 1.
 """
 
-import io
 import json
 import math
 import os
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,13 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
+from train.run.curves import draw_curves
 from train.run.workdir import write_atomically
 
 EPOCH_KEYS = (
@@ -53,7 +46,6 @@ SUMMARY_KEYS = (
   "seconds",
 )
 _SECONDS_BETWEEN_CURVES = 30.0  # drawing takes about half a second: too much for short epochs
-_SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 
 
 class Writer:
@@ -177,58 +169,6 @@ def read_summary(workdir: str | os.PathLike) -> dict[str, Any] | None:
   return json.loads(path.read_text()) if path.exists() else None
 
 
-def draw_curves(rows: list[dict[str, Any]], path: str | os.PathLike, title: str = "") -> None:
-  """Draws loss, accuracies and learning rate over the epochs to a PNG.
-
-  Args:
-    rows: epochs, as `read` returns them.
-    path: of the PNG, replaced as a whole.
-    title: above the panels.
-  """
-  column = {key: np.array([row[key] for row in rows], float) for key in EPOCH_KEYS}  # None -> nan
-  epochs = column["epoch"]
-  figure = Figure(figsize=(12, 3.8), dpi=120, layout="constrained")
-  FigureCanvasAgg(figure)
-  loss, accuracy, learning_rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-  marker = dict(marker="o", markersize=3.5) if len(rows) <= 30 else {}
-
-  def plot(axes: Axes, key: str, label: str, **style) -> None:
-    axes.plot(epochs, column[key], label=label, linewidth=1.8, **marker, **style)
-
-  for split, name, color in (("train", "train", "tab:blue"), ("val", "validation", "tab:orange")):
-    plot(loss, f"{split}_loss", name, color=color)
-    column[f"{split}_top5"] *= 100
-    column[f"{split}_accuracy"] *= 100
-    plot(accuracy, f"{split}_top5", f"{name}, top-5", color=color)
-    plot(accuracy, f"{split}_accuracy", f"{name}, top-1", color=color, linestyle="--")
-  plot(learning_rate, "learning_rate", "", color="tab:green", drawstyle="steps-post")
-
-  loss.set_title("Loss")
-  accuracy.set_title("Accuracy (%)")
-  accuracy.set_ylim(bottom=0)
-  learning_rate.set_title("Learning rate")
-  rates = np.unique(column["learning_rate"])
-  if rates.size > 1:
-    learning_rate.set_yscale("log")
-    learning_rate.minorticks_off()
-  else:
-    learning_rate.set_ylim(0, 2 * rates[0] or 1)
-  ticks = rates[:: math.ceil(rates.size / 8)]
-  learning_rate.set_yticks(ticks, [f"{rate:.1e}" for rate in ticks])
-  for axes in (loss, accuracy):
-    axes.legend(frameon=False, fontsize=9)
-  for axes in (loss, accuracy, learning_rate):
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-  figure.suptitle(title, fontweight="bold")
-
-  png = io.BytesIO()
-  figure.savefig(png, format="png")
-  write_atomically(epath.Path(path), png.getvalue())
-
-
 def format_epoch(row: Mapping[str, Any], epochs: int) -> str:
   """Two lines of at most 80 columns for the terminal; `row` as `Writer.epoch` takes it."""
   head = f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}"
@@ -253,75 +193,6 @@ def format_summary(summary: Mapping[str, Any], workdir: str | os.PathLike) -> st
     f"curves   {os.path.join(workdir, 'curves.png')}\n"
     f"numbers  {os.path.join(workdir, 'metrics.jsonl')}, summary.json, tensorboard/"
   )
-
-
-class Progress:
-  """Images per second and time left: a bar on a terminal, now and then a line elsewhere.
-
-  Use it as a context manager. `description` may be changed at any time.
-  """
-
-  def __init__(self, total_steps: int, initial: int, batch_size: int, description: str = ""):
-    """
-    Args:
-      total_steps: of the whole run, or of whatever the bar stands for.
-      initial: steps already done by an earlier run.
-      batch_size: images a step, of all devices together.
-      description: what is going on, such as "epoch 3/50".
-    """
-    self.description = description
-    self._total, self._done, self._batch_size = total_steps, initial, batch_size
-    self._active = jax.process_index() == 0
-    self._last_line = (time.monotonic(), initial)
-    self._bar = tqdm(
-      desc=description,
-      total=total_steps * batch_size,
-      initial=initial * batch_size,
-      ncols=min(80, shutil.get_terminal_size().columns) - 1,
-      nrows=20,  # or tqdm hides the bar on terminals that do not tell their height
-      bar_format="{desc} {percentage:3.0f} % |{bar}| {rate_noinv_fmt}, {remaining} left",
-      unit=" images",
-      mininterval=0.5,
-      leave=False,
-      disable=not (self._active and sys.stderr.isatty()),
-    )
-
-  def __enter__(self) -> "Progress":
-    return self
-
-  def __exit__(self, *exception) -> None:
-    self._bar.close()
-
-  def update(self, steps: int = 1) -> None:
-    """Counts steps that are done."""
-    self._done += steps
-    if not self._bar.disable:
-      self._bar.set_description_str(self.description, refresh=False)
-      self._bar.update(steps * self._batch_size)
-    elif self._active:
-      self._print_line()
-
-  def skip_pause(self) -> None:
-    """Leaves what has passed since the last `update` out of the rate on plain lines."""
-    self._last_line = (time.monotonic(), self._done)
-
-  def write(self, text: str) -> None:
-    """Prints to stdout without disturbing the bar."""
-    if self._active:
-      tqdm.write(text, file=sys.stdout)
-      sys.stdout.flush()
-
-  def _print_line(self) -> None:
-    now = time.monotonic()
-    last, last_done = self._last_line
-    if now - last < _SECONDS_BETWEEN_LINES:
-      return
-    rate = (self._done - last_done) / (now - last)
-    left = tqdm.format_interval((self._total - self._done) / rate)
-    line = f"{self.description}  step {self._done}/{self._total}"
-    line += f"  {rate * self._batch_size:.0f} images/s, {left} left"
-    print(line, file=sys.stderr, flush=True)
-    self._last_line = (now, self._done)
 
 
 def _to_json(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import default
-from train.data import DatasetInfo
-from train.errors import first_line
+from train.data.splits import DatasetInfo
+from train.errors import WorkdirError, first_line
 
 # What changes nothing but where and how fast a run is computed: it may go on on another machine.
 _FREE_TO_DIFFER = (
@@ -32,10 +32,6 @@ _FREE_TO_DIFFER = (
   "remat",
   "steps_per_call",
 )
-
-
-class WorkdirError(ValueError):
-  """A workdir can't be used. The message is the complete text for the user."""
 
 
 def from_flag(text: str) -> epath.Path:

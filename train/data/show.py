@@ -1,0 +1,57 @@
+"""Draws samples of a dataset, and the patches that a model sees."""
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from train.data import load, resolve
+
+
+def draw_samples(config: ConfigDict, output: str) -> None:
+  """Draws validation images with their labels, and one resized and cut in patches for the model.
+
+  Args:
+    config: a whole configuration, with `model.image_size` and `model.patch_size` in pixels.
+    output: the PNG file to write.
+  Raises:
+    DataError: the dataset is out of reach or broken.
+    ValueError: the image size is no multiple of the patch size.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")  # no screen needed
+  from matplotlib import pyplot as plt
+
+  size, patch = config.model.image_size, config.model.patch_size
+  if size % patch:
+    raise ValueError(f"--config.model.image_size={size} is no multiple of patch_size={patch}")
+  data_config = resolve(config.data)
+  dataset = load(data_config, size, splits=("validation",))
+  images, labels = dataset.validation[np.arange(min(32, len(dataset.validation)))]
+  resized = Image.fromarray(images[0].squeeze()).resize((size, size), Image.Resampling.BILINEAR)
+  names = [dataset.class_names[label].replace("_", " ") for label in labels]
+
+  figure = plt.figure(figsize=(15, 5.6), layout="constrained")
+  left, right = figure.subfigures(1, 2, width_ratios=(9, 6))
+  height, width, _ = images.shape[1:]
+  left.suptitle(f"{dataset.name}: validation images, {height}x{width} pixels")
+  for axes, image, name in zip(left.subplots(4, 8).flat, images, names, strict=False):
+    axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+    axes.set_title(name, fontsize=8)
+  count = (size // patch) ** 2
+  right.suptitle(f"{names[0]}: resized to {size}x{size}, {count} patches of {patch}x{patch}")
+  axes = right.subplots()
+  axes.imshow(_cut_in_patches(np.asarray(resized), patch), cmap="gray", vmin=0, vmax=255)
+  for axes in figure.axes:
+    axes.axis("off")
+  figure.savefig(output, dpi=120)
+  plt.close(figure)
+
+
+def _cut_in_patches(image, patch):
+  """Moves the patches of an image [S, S, ...] apart by white gaps, a sixth of a patch wide."""
+  for axis in (0, 1):
+    image = np.repeat(image, 6, axis)  # so that a sixth of a patch is a whole number
+    cuts = range(6 * patch, image.shape[axis], 6 * patch)
+    image = np.insert(image, np.repeat(cuts, patch), 255, axis=axis)
+  return image

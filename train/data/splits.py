@@ -1,0 +1,102 @@
+"""What a dataset is once it is found: its description, and its images, in memory or streamed."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from train.data.decode import decode
+from train.errors import DataError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+  """What is known of a dataset before any image is read."""
+
+  name: str
+  class_names: tuple[str, ...]
+  image_shape: tuple[int | None, int | None, int]  # H, W, C; None where images differ in size
+  sizes: dict[str, int]  # images in "train", "validation" and "test"
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  def shape_in_memory(self, image_size: int) -> tuple[int, int, int]:
+    """H, W and C of the images once they are read: of `image_size` where they differ in size."""
+    height, width, channels = self.image_shape
+    return height or image_size, width or image_size, channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Images in memory, uint8 [N, H, W, C], and their labels, int32 [N]."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of some rows."""
+    return self.images[rows], self.labels[rows]
+
+
+class Records(Protocol):
+  """Encoded images and their labels, by index: those of TFDS's files, or of an image folder."""
+
+  advice: str  # to whom a record can't be read
+
+  def __len__(self) -> int: ...
+
+  def read(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
+    """PNGs or JPEGs as they are on disk, and labels."""
+
+  def file(self, row: int) -> str:
+    """The file that holds a record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit:
+  """Images on disk, read and decoded when they are asked for; otherwise like a `Split`."""
+
+  records: Records
+  shape: tuple[int, int, int]  # H, W and C, to which all are resized
+  workers: int  # processes that read ahead
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of some rows. Raises DataError if one can't be read."""
+    images = np.empty((len(rows), *self.shape), np.uint8)
+    labels = np.empty(len(rows), np.int32)
+    self.read(rows, images, labels)
+    return images, labels
+
+  def read(self, rows: Sequence[int], images: np.ndarray, labels: np.ndarray) -> None:
+    """Puts some rows in arrays that are there. Raises DataError if one can't be read."""
+    try:
+      for i, (encoded, label) in enumerate(self.records.read(rows)):
+        images[i], labels[i] = decode(encoded, self.shape), label
+    except Exception as error:
+      if len(rows) > 1:  # the one that is damaged is to be named
+        for i, row in enumerate(rows):
+          self.read([row], images[i : i + 1], labels[i : i + 1])
+        return  # it could be read after all
+      raise DataError(
+        f"{self.records.file(rows[0])} can't be read: {first_line(error)} {self.records.advice}"
+      ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A dataset, in memory or streamed; a split that was not asked for is None."""
+
+  name: str
+  class_names: tuple[str, ...]
+  train: Split | StreamedSplit | None = None
+  validation: Split | StreamedSplit | None = None
+  test: Split | StreamedSplit | None = None
