@@ -128,14 +128,14 @@ def _answer(pipe: Connection, train) -> None:
 
 
 def _ours(pipe: Connection, name: str) -> None:
-  from train import augment, bench, flags
+  from train import augment, flags, timing
   from train.devices.compile import start_jax
 
   flags.quiet_libraries()
   config = _config(name)
   start_jax(config)
   images, weights = pipe.recv()
-  training = bench.prepare(config)
+  training = timing.prepare(config)
   state = training.state
   model = mlp_models.create(**config.model)
   preprocessed = augment.preprocess(
@@ -146,7 +146,7 @@ def _ours(pipe: Connection, name: str) -> None:
 
   def train(steps):
     nonlocal training
-    training, _ = bench.run(training, steps)
+    training, _ = timing.run(training, steps)
 
   _answer(pipe, train)
 

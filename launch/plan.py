@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from launch import collectives, traffic
 from train import check, data, flags
-from train.bench import flops_per_image
+from train.cost import flops_per_image
 from train.data import DatasetInfo
 from train.data.batches import num_batches
 from train.devices.mesh import make_mesh, microbatch_size

@@ -14,7 +14,7 @@ from conftest import cifar100_dir, smoke_config
 from PIL import Image
 
 import mlp_models
-from train import bench
+from train import bench, cost, sweep, timing
 from train.data import DatasetInfo
 
 REPOSITORY = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 
 
 
 def test_figures_hang_together():
-  figures = bench.measure(bench.prepare(smoke_config()), repeats=3, seconds=0.2)
+  figures = bench.measure(timing.prepare(smoke_config()), repeats=3, seconds=0.2)
   assert (figures["model"], figures["params"], figures["batch_size"]) == ("mixer", 12836, 64)
   assert (figures["devices"], figures["platform"], figures["microbatch"]) == (8, "cpu", 2)
   slowest, rate = figures["images_per_second_min"], figures["images_per_second"]
@@ -38,10 +38,10 @@ def test_figures_hang_together():
 
 
 def test_run_trains_as_many_steps_as_told():
-  training = bench.prepare(smoke_config(steps_per_call=3))  # an epoch has eight
+  training = timing.prepare(smoke_config(steps_per_call=3))  # an epoch has eight
   before = int(training.state.step)
   began = time.perf_counter()
-  training, seconds = bench.run(training, steps=12)
+  training, seconds = timing.run(training, steps=12)
   whole = time.perf_counter() - began
   assert int(training.state.step) == before + 12
   assert 0.5 * whole < 12 * seconds <= whole
@@ -57,7 +57,7 @@ def test_the_age_of_a_process_begins_with_it():
 
 
 def test_phases_are_parts_of_a_step():
-  parts = bench.phases(bench.prepare(smoke_config()), repeats=3)
+  parts = bench.phases(timing.prepare(smoke_config()), repeats=3)
   assert list(parts) == ["augment", "forward", "backward", "optimizer", "input", "waited"]
   assert parts["backward"] > 0
 
@@ -65,7 +65,7 @@ def test_phases_are_parts_of_a_step():
 def flops(name: str, **sizes) -> float:
   config = importlib.import_module(f"configs.{name}").get_config()
   config.model.update(sizes)
-  return bench.flops_per_image(config, INFO)
+  return cost.flops_per_image(config, INFO)
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -77,7 +77,7 @@ def test_flops_are_those_of_the_matrix_products():
   # How the batch is cut, and what is computed twice, is no part of the work.
   config = importlib.import_module("configs.mixer").get_config()
   config.microbatch, config.remat = 2, True
-  assert bench.flops_per_image(config, INFO) == count
+  assert cost.flops_per_image(config, INFO) == count
 
 
 def test_perceivers_cost_is_linear_in_the_tokens_and_vits_is_not():
@@ -93,7 +93,7 @@ def test_perceivers_cost_is_linear_in_the_tokens_and_vits_is_not():
 
 @pytest.mark.slow
 def test_tune_tries_the_powers_of_two_in_a_devices_share():
-  rates = bench.tune(smoke_config(), repeats=1, seconds=0.05)  # 64 images over 8 devices
+  rates = sweep.tune(smoke_config(), repeats=1, seconds=0.05)  # 64 images over 8 devices
   assert list(rates) == [1, 2, 4, 8]
   assert min(rates.values()) > 0
 
@@ -115,7 +115,7 @@ def test_all_makes_a_table_of_the_default_configs(tmp_path):
 
 def test_sweep_writes_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr("train.bench.start_jax", lambda config: None)  # conftest's eight devices
-  monkeypatch.setattr(bench, "_BATCHES", (16, 64))
+  monkeypatch.setattr(sweep, "_BATCHES", (16, 64))
   command = ["bench", "--config", str(REPOSITORY / "configs" / "mixer.py:smoke")]
   command += ["--sweep", "batch", "--output", str(tmp_path), "--repeats", "1", "--seconds", "0.05"]
   command += [f"--config.data.data_dir={smoke_config().data.data_dir}"]

@@ -11,7 +11,7 @@ import pytest
 
 from configs import mixer, perceiver
 from launch import plan
-from train import bench, data
+from train import cost, data
 from train.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def test_mixer_is_compiled_for_a_slice_that_is_not_there():
       "wire_bytes": 2 * 3 / 4 * sent,
     }
   ]
-  per_image = bench.flops_per_image(mixer.get_config(), data.foresee(mixer.get_config().data))
+  per_image = cost.flops_per_image(mixer.get_config(), data.foresee(mixer.get_config().data))
   assert figures["flops"] == 32 * per_image
   # Parameters and optimizer state are read and written once each; XLA's own count is 450 MB.
   assert 2 * 3 * 4 * 242_788 < figures["hbm_bytes"] < 20e6
@@ -165,10 +165,10 @@ def test_the_largest_that_fits_is_found_to_a_32nd(limit, start):
 def test_flops_of_what_remat_computes_again_are_counted_on_demand():
   config = perceiver.get_config("smoke")
   info = data.foresee(config.data)
-  once = bench.flops_per_image(config, info)
+  once = cost.flops_per_image(config, info)
   config.remat = True
-  assert bench.flops_per_image(config, info) == once
-  assert 1.2 * once < bench.flops_per_image(config, info, recomputed=True) < 1.5 * once
+  assert cost.flops_per_image(config, info) == once
+  assert 1.2 * once < cost.flops_per_image(config, info, recomputed=True) < 1.5 * once
 
 
 def test_the_papers_perceiver_has_its_sizes(tmp_path):

@@ -17,117 +17,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 import mlp_models
 from train import augment, check, data, flags
-from train.data.batches import train_calls
-from train.data.statistics import channel_statistics
-from train.devices import mesh
+from train.cost import flops_per_image, matmul_peak
 from train.devices.compile import compiler_options, start_jax
 from train.devices.machine import peak_memory, process_age
 from train.errors import ConfigError, DataError, fail
-from train.state import TrainState, abstract_state, make_init, make_model
-from train.step import (
-  compile_in_background,
-  evaluate,
-  loss,
-  lower_train_step,
-  make_eval_step,
-  make_train_step,
-  sum_over_batch,
-)
-
-_TOKENS = (64, 256, 1024, 4096)  # of --sweep tokens
-_BATCHES = (16, 32, 64, 128, 256, 512)  # of --sweep batch
-
-
-class Training(NamedTuple):
-  """A run that has done its first step."""
-
-  config: ConfigDict
-  info: data.DatasetInfo
-  mesh: Mesh
-  microbatch: int
-  step: Callable
-  state: TrainState
-  split: data.Split | data.StreamedSplit  # that it trains on
-  calls: Iterator[dict]  # what `step` takes, on the mesh, without end
-  compile_seconds: float
-  memory: int  # bytes that the compiler plans for a device's temporaries
-
-
-def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training:
-  """Reads the data, unless given, compiles the step and does it once.
-
-  Raises:
-    ConfigError: the batch does not fit the devices.
-    DataError: the dataset is out of reach or broken.
-    MemoryError: a step does not fit the memory.
-  """
-  devices = mesh.make_mesh(**config.mesh)
-  microbatch = mesh.microbatch_size(config, devices)
-  info = data.describe(config.data)
-  step = make_train_step(config, info.num_classes, microbatch, devices)
-  init = make_init(config, info, devices)
-  compiling = compile_in_background(step, init, config, info, devices)
-  dataset = dataset or _load(config)
-  compiled, compile_seconds = compiling.result()
-  memory = compiled.memory_analysis().temp_size_in_bytes
-  available = psutil.virtual_memory().available
-  if devices.devices.flat[0].platform == "cpu" and memory * devices.size > available:
-    raise MemoryError(
-      f"a step needs {memory * devices.size / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
-    )
-
-  calls = train_calls(dataset.train, config, devices, range(2**40))  # without end
-  try:
-    state = init(*channel_statistics(dataset.train))
-    first = next(calls)
-    state, _ = jax.block_until_ready(step(state, first))
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    raise MemoryError(str(error).splitlines()[0]) from error
-  # An epoch's last call may have fewer steps: another program, to be compiled first.
-  calls = (call for call in calls if len(call["label"]) == len(first["label"]))
-  split = dataset.train
-  return Training(
-    config, info, devices, microbatch, step, state, split, calls, compile_seconds, memory
-  )
-
-
-def run(training: Training, steps: int) -> tuple[Training, float]:
-  """Trains for so many steps, in whole calls: the run after them, and the seconds a step took."""
-  state, sums, done = training.state, None, 0
-  began = time.perf_counter()
-  while done < steps:
-    batches, before = next(training.calls), sums
-    state, sums = training.step(state, batches)
-    jax.block_until_ready(before)  # one call runs and one waits, as in training
-    done += len(batches["label"])
-  jax.block_until_ready(state)
-  return training._replace(state=state), (time.perf_counter() - began) / done
-
-
-def time_steps(training: Training, repeats: int, seconds: float) -> tuple[Training, list[float]]:
-  """The run after `repeats` of about `seconds` each, and the seconds a step took in each."""
-  training, once = run(training, 1)
-  steps = max(1, round(seconds / once))
-  times = []
-  for _ in range(repeats):
-    training, once = run(training, steps)
-    times.append(once)
-  return training, times
+from train.state import make_model
+from train.step import evaluate, loss, make_eval_step, sum_over_batch
+from train.sweep import sweep_and_draw, tune
+from train.timing import Training, prepare, time_steps
 
 
 def evaluation_rate(training: Training, repeats: int, seconds: float) -> float:
@@ -181,37 +88,6 @@ def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
     "fraction_of_peak": rate * flops / (peak * 1e9),
     "peak_memory_bytes": memory,
   }
-
-
-def flops_per_image(config: ConfigDict, info: data.DatasetInfo, recomputed: bool = False) -> float:
-  """Floating-point operations of a training step, by XLA's count before it optimizes.
-
-  Counted for the whole batch at once on one device: XLA counts a loop's body only once.
-
-  Args:
-    recomputed: count what `config.remat` computes twice as often, which is no progress.
-  """
-  device = mesh.make_mesh(devices=jax.devices()[:1])
-  config = config.copy_and_resolve_references()
-  config.steps_per_call = 1
-  config.remat = config.remat and recomputed
-  step = make_train_step(config, info.num_classes, config.batch_size, device)
-  state = abstract_state(make_init(config, info, device), info)
-  lowered = lower_train_step(step, state, config, info, device)
-  return lowered.cost_analysis()["flops"] / config.batch_size
-
-
-def matmul_peak(devices: Mesh, dtype: str) -> float:
-  """GFLOP/s of a square matrix product on all devices at once, the best of ten."""
-  side = 2048 if devices.devices.flat[0].platform == "cpu" else 8192
-  matrices = jax.device_put(jnp.ones((devices.size, side, side), dtype), mesh.by_example(devices))
-  product = jax.jit(lambda x: x @ x)
-  times = []
-  for _ in range(11):
-    began = time.perf_counter()
-    jax.block_until_ready(product(matrices))
-    times.append(time.perf_counter() - began)
-  return 2 * side**3 * devices.size / min(times[1:]) / 1e9
 
 
 def phases(training: Training, repeats: int) -> dict[str, float]:
@@ -288,95 +164,6 @@ def waits_for_input(training: Training, calls: int) -> list[float]:
     jax.block_until_ready(running)  # one call runs and one waits, as in training
   jax.block_until_ready(state)
   return waits[2:]
-
-
-def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
-  """Images per second by microbatch: all powers of two in a device's share of the batch."""
-  rates = {}
-  share = config.batch_size // mesh.make_mesh(**config.mesh).size
-  dataset = _load(config)
-  for microbatch in (2**i for i in range(share.bit_length())):
-    if share % microbatch == 0:
-      config.microbatch = microbatch
-      try:
-        training = prepare(config, dataset)
-      except MemoryError as error:
-        print(f"microbatch {microbatch:4}  left out: {error}", flush=True)
-        continue
-      _, times = time_steps(training, repeats, seconds)
-      rates[microbatch] = config.batch_size / statistics.median(times)
-      print(f"microbatch {microbatch:4}  {rates[microbatch]:8.1f} images/s", flush=True)
-  return rates
-
-
-def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[dict[str, Any]]:
-  """Cost against the number of tokens (patches become smaller) or the batch.
-
-  With tokens, each device computes one image at a time; sizes that the memory at hand can't hold
-  are left out, and said so.
-  """
-  rows = []
-  dataset = _load(config)
-  for value in _TOKENS if over == "tokens" else _BATCHES:
-    config = config.copy_and_resolve_references()
-    if over == "tokens":
-      side = round(value**0.5)
-      config.model.patch_size, rest = divmod(config.model.image_size, side)
-      if rest:
-        print(f"{value} tokens: {config.model.image_size} pixels do not divide by {side}")
-        continue
-      config.microbatch = 1
-      config.batch_size = mesh.make_mesh(**config.mesh).size
-    else:
-      config.batch_size = value
-    try:
-      training = prepare(config, dataset)
-    except (ConfigError, MemoryError) as error:
-      print(f"{over} {value:5}  left out: {error}", flush=True)
-      continue
-    training, times = time_steps(training, repeats, seconds)
-    row = {
-      over: value,
-      "ms_per_image": 1e3 * statistics.median(times) / config.batch_size,
-      "images_per_second": config.batch_size / statistics.median(times),
-      "flops_per_image": flops_per_image(config, training.info),
-      "temporary_bytes": training.memory,
-    }
-    rows.append(row)
-    print(
-      f"{over} {value:5}  {row['ms_per_image']:9.2f} ms an image  "
-      f"{row['flops_per_image'] / 1e9:8.2f} GFLOP  {row['temporary_bytes'] / 2**20:8.0f} MiB",
-      flush=True,
-    )
-  return rows
-
-
-def _load(config: ConfigDict) -> data.Dataset:
-  return data.load(config.data, config.model.image_size, splits=("train",))
-
-
-def draw_sweep(rows: list[dict[str, Any]], over: str, title: str, path: Path) -> None:
-  """Draws milliseconds and GFLOP an image against the swept size, on logarithmic axes."""
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
-  axes = figure.subplots()
-  sizes = [row[over] for row in rows]
-  axes.plot(sizes, [row["ms_per_image"] for row in rows], marker="o", label="ms an image")
-  axes.plot(
-    sizes, [row["flops_per_image"] / 1e9 for row in rows], marker="s", label="GFLOP an image"
-  )
-  if over == "tokens":
-    first = rows[0]["ms_per_image"]
-    for power, style in ((1, ":"), (2, "--")):
-      line = [first * (size / sizes[0]) ** power for size in sizes]
-      axes.plot(sizes, line, style, color="gray", linewidth=1, label=f"tokens$^{power}$")
-  axes.set(xscale="log", yscale="log", xlabel=over, title=title)
-  axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-  axes.minorticks_off()
-  axes.grid(alpha=0.3)
-  axes.legend(frameon=False)
-  figure.savefig(path)
 
 
 def format_figures(figures: dict[str, Any]) -> str:
@@ -468,7 +255,9 @@ def main() -> None:
         raise MemoryError("no microbatch fits the memory")
       print(f"fastest: --config.microbatch={max(rates, key=rates.get)}")
     elif arguments.sweep:
-      _sweep_and_draw(config, arguments)
+      if not sweep_and_draw(config, arguments.sweep, repeats, seconds, arguments.output):
+        fail(f"--sweep {arguments.sweep}: no size could be measured", 1)
+      print(f"Wrote {arguments.output / 'sweep.json'} and {arguments.output / 'sweep.png'}.")
     else:
       training = prepare(config)
       start = process_age()
@@ -485,16 +274,6 @@ def _print_figures(training: Training, arguments: argparse.Namespace, start: flo
     return
   figures = measure(training, arguments.repeats, arguments.seconds) | {"start_seconds": start}
   print(json.dumps(figures) if arguments.json else format_figures(figures))
-
-
-def _sweep_and_draw(config: ConfigDict, arguments: argparse.Namespace) -> None:
-  over = arguments.sweep
-  if not (rows := sweep(config, over, arguments.repeats, arguments.seconds)):
-    fail(f"--sweep {over}: no size could be measured", 1)
-  name = config.model.name
-  (arguments.output / "sweep.json").write_text(json.dumps({"model": name, "rows": rows}, indent=2))
-  draw_sweep(rows, over, f"{name}: cost by {over}", arguments.output / "sweep.png")
-  print(f"Wrote {arguments.output / 'sweep.json'} and {arguments.output / 'sweep.png'}.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""What a training step costs in arithmetic, and what the devices can do of it."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from train.data.splits import DatasetInfo
+from train.devices.mesh import by_example, make_mesh
+from train.state import abstract_state, make_init
+from train.step import lower_train_step, make_train_step
+
+
+def flops_per_image(config: ConfigDict, info: DatasetInfo, recomputed: bool = False) -> float:
+  """Floating-point operations of a training step, by XLA's count before it optimizes.
+
+  Counted for the whole batch at once on one device: XLA counts a loop's body only once.
+
+  Args:
+    recomputed: count what `config.remat` computes twice as often, which is no progress.
+  """
+  device = make_mesh(devices=jax.devices()[:1])
+  config = config.copy_and_resolve_references()
+  config.steps_per_call = 1
+  config.remat = config.remat and recomputed
+  step = make_train_step(config, info.num_classes, config.batch_size, device)
+  state = abstract_state(make_init(config, info, device), info)
+  lowered = lower_train_step(step, state, config, info, device)
+  return lowered.cost_analysis()["flops"] / config.batch_size
+
+
+def matmul_peak(devices: Mesh, dtype: str) -> float:
+  """GFLOP/s of a square matrix product on all devices at once, the best of ten."""
+  side = 2048 if devices.devices.flat[0].platform == "cpu" else 8192
+  matrices = jax.device_put(jnp.ones((devices.size, side, side), dtype), by_example(devices))
+  product = jax.jit(lambda x: x @ x)
+  times = []
+  for _ in range(11):
+    began = time.perf_counter()
+    jax.block_until_ready(product(matrices))
+    times.append(time.perf_counter() - began)
+  return 2 * side**3 * devices.size / min(times[1:]) / 1e9

@@ -1,0 +1,101 @@
+"""Times steps as training does them, with input, augmentation, dropout and optimizer."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import psutil
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from train import data
+from train.data.batches import train_calls
+from train.data.statistics import channel_statistics
+from train.devices.mesh import make_mesh, microbatch_size
+from train.state import TrainState, make_init
+from train.step import compile_in_background, make_train_step
+
+
+class Training(NamedTuple):
+  """A run that has done its first step."""
+
+  config: ConfigDict
+  info: data.DatasetInfo
+  mesh: Mesh
+  microbatch: int
+  step: Callable
+  state: TrainState
+  split: data.Split | data.StreamedSplit  # that it trains on
+  calls: Iterator[dict]  # what `step` takes, on the mesh, without end
+  compile_seconds: float
+  memory: int  # bytes that the compiler plans for a device's temporaries
+
+
+def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training:
+  """Reads the data, unless given, compiles the step and does it once.
+
+  Raises:
+    ConfigError: the batch does not fit the devices.
+    DataError: the dataset is out of reach or broken.
+    MemoryError: a step does not fit the memory.
+  """
+  devices = make_mesh(**config.mesh)
+  microbatch = microbatch_size(config, devices)
+  info = data.describe(config.data)
+  step = make_train_step(config, info.num_classes, microbatch, devices)
+  init = make_init(config, info, devices)
+  compiling = compile_in_background(step, init, config, info, devices)
+  dataset = dataset or load(config)
+  compiled, compile_seconds = compiling.result()
+  memory = compiled.memory_analysis().temp_size_in_bytes
+  available = psutil.virtual_memory().available
+  if devices.devices.flat[0].platform == "cpu" and memory * devices.size > available:
+    raise MemoryError(
+      f"a step needs {memory * devices.size / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
+    )
+
+  calls = train_calls(dataset.train, config, devices, range(2**40))  # without end
+  try:
+    state = init(*channel_statistics(dataset.train))
+    first = next(calls)
+    state, _ = jax.block_until_ready(step(state, first))
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise MemoryError(str(error).splitlines()[0]) from error
+  # An epoch's last call may have fewer steps: another program, to be compiled first.
+  calls = (call for call in calls if len(call["label"]) == len(first["label"]))
+  split = dataset.train
+  return Training(
+    config, info, devices, microbatch, step, state, split, calls, compile_seconds, memory
+  )
+
+
+def run(training: Training, steps: int) -> tuple[Training, float]:
+  """Trains for so many steps, in whole calls: the run after them, and the seconds a step took."""
+  state, sums, done = training.state, None, 0
+  began = time.perf_counter()
+  while done < steps:
+    batches, before = next(training.calls), sums
+    state, sums = training.step(state, batches)
+    jax.block_until_ready(before)  # one call runs and one waits, as in training
+    done += len(batches["label"])
+  jax.block_until_ready(state)
+  return training._replace(state=state), (time.perf_counter() - began) / done
+
+
+def time_steps(training: Training, repeats: int, seconds: float) -> tuple[Training, list[float]]:
+  """The run after `repeats` of about `seconds` each, and the seconds a step took in each."""
+  training, once = run(training, 1)
+  steps = max(1, round(seconds / once))
+  times = []
+  for _ in range(repeats):
+    training, once = run(training, steps)
+    times.append(once)
+  return training, times
+
+
+def load(config: ConfigDict) -> data.Dataset:
+  """The training images of a config's dataset, in memory or streamed."""
+  return data.load(config.data, config.model.image_size, splits=("train",))
