@@ -115,9 +115,9 @@ def predict(paths: list[str], times: int) -> None:
         # Between pods each chip exchanges the part that it has summed.
         sending += 2 * pods / (pods + 1) * size / inside / _BETWEEN_PODS + _SECONDS_BETWEEN_PODS
       cells.append(f"{100 * step / (step + sending):.0f} %")
-    share = times * figures["batch_size"] // figures["devices"]
+    local_batch = times * figures["batch_size"] // figures["devices"]
     name = f"{figures['model']}, {figures['topology']}"
-    print(f"| {name} | {share} | {' | '.join(cells)} |")
+    print(f"| {name} | {local_batch} | {' | '.join(cells)} |")
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ def plan(config: ConfigDict, info: DatasetInfo, topology: str) -> dict[str, Any]
   """
   chip = chip_of(topology)
   mesh = make_mesh(**config.mesh, devices=topology_devices(topology))
-  share = config.batch_size // mesh.size
+  local_batch = config.batch_size // mesh.size
   figures = {
     "model": config.model.name,
     "topology": topology,
@@ -161,7 +161,7 @@ def plan(config: ConfigDict, info: DatasetInfo, topology: str) -> dict[str, Any]
     "remat": config.remat,
   }
   figures |= memory(config, info, mesh, chip)
-  figures["flops"] = share * flops_per_image(config, info, recomputed=True)
+  figures["flops"] = local_batch * flops_per_image(config, info, recomputed=True)
   if not (text := figures.pop("text", None)):
     return figures
   rows = collectives.count(text)

@@ -51,8 +51,8 @@ def run(*command: str, devices: int = 2) -> subprocess.Popen:
 def saved_step(folder: Path, per_epoch: int = 40) -> int:
   """The step of the last complete checkpoint; 0 without one."""
   names = [p.name for p in folder.glob("checkpoints/last/*") if p.name.isdigit()]
-  label = max(map(int, names), default=0)  # epochs finished + steps done
-  return label - label // (per_epoch + 1)
+  saved = max(map(int, names), default=0)  # epochs finished + steps done
+  return saved - saved // (per_epoch + 1)
 
 
 def free_port() -> int:

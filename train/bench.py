@@ -115,16 +115,16 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
     return images.sum()
 
   whole_loss = functools.partial(loss, state=state, model=model, augmentation=augmentation)
-  parts = {  # and the like of what each gives
+  parts = {  # and a template of what each gives
     "augment": (only_augment, jnp.float32(0)),
     "forward": (whole_loss, (jnp.float32(0), state.sums)),
     "backward": (jax.grad(whole_loss, has_aux=True), (state.params, state.sums)),
   }
 
-  def on_the_batch(part: Callable, like: Any) -> Callable:
+  def on_the_batch(part: Callable, template: Any) -> Callable:
     def sum_parts(params, batches):
       batch = jax.tree.map(lambda x: x[0], batches)
-      return sum_over_batch(part, like, params, batch, microbatch, devices)
+      return sum_over_batch(part, template, params, batch, microbatch, devices)
 
     return jax.jit(sum_parts, compiler_options=compiler_options(config, devices))
 

@@ -74,7 +74,7 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
     if stop.signum and jax.process_count() == 1:  # several agree after the first call
       raise Interrupted(stop.signum)
 
-    hosts.require_same("the checkpoint that they see", checkpoints.last_label)
+    hosts.require_same("the checkpoint that they see", checkpoints.last_step)
     state = checkpoints.restore_last(abstract)
     if state is None:
       state = init(*channel_statistics(dataset.train))
@@ -232,7 +232,7 @@ def _print_header(
     + memory.temp_size_in_bytes
     - memory.alias_size_in_bytes  # the new state lies where the old one was
   )
-  share = config.batch_size // mesh.size
+  local_batch = config.batch_size // mesh.size
   sizes = ", ".join(f"{size:,} {split}" for split, size in info.sizes.items())
   train = dataset.train
   streamed = isinstance(train, data.StreamedSplit)
@@ -244,7 +244,7 @@ def _print_header(
     f"data     {info.name}, {info.num_classes} classes, {place}\n"
     f"images   {sizes}\n"
     f"devices  {mesh.size} x {device.device_kind}{processes}{cut}\n"
-    f"batch    {config.batch_size} images, {share} on each device, {microbatch} at a time\n"
+    f"batch    {config.batch_size} images, {local_batch} on each device, {microbatch} at a time\n"
     f"memory   {needed / 2**20:,.0f} MiB on each device for a training step",
     flush=True,
   )

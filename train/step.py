@@ -139,8 +139,8 @@ def train_step(
   gradients = jax.grad(
     functools.partial(loss, state=state, model=model, augmentation=augmentation), has_aux=True
   )
-  like = (state.params, state.sums)
-  grads, sums = sum_over_batch(gradients, like, state.params, batch, microbatch, mesh)
+  template = (state.params, state.sums)
+  grads, sums = sum_over_batch(gradients, template, state.params, batch, microbatch, mesh)
   grads = jax.tree.map(lambda g: g / sums.count, grads)
   updates, opt_state = optimizer.update(
     grads, state.opt_state, state.params, learning_rate_scale=state.plateau.scale
@@ -251,14 +251,14 @@ def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
 
 
 def sum_over_batch(
-  function: Callable, like: Any, params: dict, batch: Batch, microbatch: int, mesh: Mesh
+  function: Callable, template: Any, params: dict, batch: Batch, microbatch: int, mesh: Mesh
 ) -> Any:
   """Sums `function(params, examples, positions)` over microbatches, then once over the devices.
 
   Args:
     function: gives a tree of arrays; `examples` are rows of the batch, `positions` int32 [B] their
       places in it.
-    like: a tree of arrays of the shapes and dtypes that `function` gives.
+    template: a tree of arrays of the shapes and dtypes that `function` gives.
     params: laid out by `mesh.state_shardings`; each device gathers them for itself.
     microbatch: examples that `function` gets at a time; divides each device's share of the batch.
   Returns:
@@ -269,17 +269,17 @@ def sum_over_batch(
     # Without this the gradient of the replicated params would be summed over the devices in every
     # microbatch; as a value that each device has for itself, it is summed where we say so.
     params = jax.lax.pcast(params, BATCH, to="varying")
-    share = len(batch["label"])
-    positions = jax.lax.axis_index(BATCH) * share + jnp.arange(share)
+    local_batch = len(batch["label"])
+    positions = jax.lax.axis_index(BATCH) * local_batch + jnp.arange(local_batch)
     parts = jax.tree.map(
-      lambda x: x.reshape(share // microbatch, microbatch, *x.shape[1:]), (batch, positions)
+      lambda x: x.reshape(local_batch // microbatch, microbatch, *x.shape[1:]), (batch, positions)
     )
 
     def add(total, part):
       return jax.tree.map(jnp.add, total, function(params, *part)), None
 
     zeros = jax.tree.map(
-      lambda x: jax.lax.pcast(jnp.zeros(x.shape, x.dtype), BATCH, to="varying"), like
+      lambda x: jax.lax.pcast(jnp.zeros(x.shape, x.dtype), BATCH, to="varying"), template
     )
     total, _ = jax.lax.scan(add, zeros, parts)
     return _sum_over_devices(total, mesh)
@@ -288,7 +288,7 @@ def sum_over_batch(
     on_each_device,
     mesh=mesh,
     in_specs=(PartitionSpec(), PartitionSpec(BATCH)),
-    out_specs=state_specs(like, mesh),
+    out_specs=state_specs(template, mesh),
   )(params, batch)
 
 

@@ -95,18 +95,20 @@ def microbatch_size(config: ConfigDict, mesh: Mesh) -> int:
   Raises:
     ConfigError: the batch does not divide by the devices, or a device's share by the microbatch.
   """
-  share, rest = divmod(config.batch_size, mesh.size)
+  local_batch, rest = divmod(config.batch_size, mesh.size)
   if rest:
     raise ConfigError(
       f"batch_size={config.batch_size} does not divide by {mesh.size} devices: choose a multiple"
     )
   if config.microbatch:
-    if share % config.microbatch:
+    if local_batch % config.microbatch:
       raise ConfigError(
-        f"microbatch={config.microbatch} does not divide a device's {share} images "
-        f"(batch_size={config.batch_size} over {mesh.size} devices): choose a divisor of {share}"
+        f"microbatch={config.microbatch} does not divide a device's {local_batch} images "
+        f"(batch_size={config.batch_size} over {mesh.size} devices): choose a divisor of "
+        f"{local_batch}"
       )
     return config.microbatch
   if mesh.devices.flat[0].platform != "cpu":
-    return share
-  return next(n for n in range(min(share, config.cpu_microbatch), 0, -1) if share % n == 0)
+    return local_batch
+  most = min(local_batch, config.cpu_microbatch)
+  return next(n for n in range(most, 0, -1) if local_batch % n == 0)

@@ -61,8 +61,8 @@ class Checkpoints:
     return time.monotonic() - self._saved_at
 
   @property
-  def last_label(self) -> int | None:
-    """Of the state that `restore_last` would give, as far as this process can see."""
+  def last_step(self) -> int | None:
+    """The number of the checkpoint that `restore_last` would read, as this process sees it."""
     return self._last.latest_step()
 
   def save_last(self, state: TrainState) -> None:
@@ -75,27 +75,27 @@ class Checkpoints:
     """Saves the weights of the best epoch so far."""
     self._save(self._best, state.weights(), int(state.epoch))
 
-  def restore_last(self, like: TrainState) -> TrainState | None:
+  def restore_last(self, template: TrainState) -> TrainState | None:
     """The saved state, on whatever devices it was; None if there is none.
 
     Args:
-      like: today's shapes, dtypes and shardings, as `state.abstract_state` gives them.
+      template: today's shapes, dtypes and shardings, as `state.abstract_state` gives them.
     """
-    return _restore(self._last, like)
+    return _restore(self._last, template)
 
-  def restore_best(self, like: Weights, epoch: int | None = None) -> Weights | None:
+  def restore_best(self, template: Weights, epoch: int | None = None) -> Weights | None:
     """The weights that were best after `epoch`, or so far; None if no epoch has ended yet."""
-    return _restore(self._best, like, epoch)
+    return _restore(self._best, template, epoch)
 
-  def _save(self, manager: ocp.CheckpointManager, tree, label: int) -> None:
+  def _save(self, manager: ocp.CheckpointManager, tree, step: int) -> None:
     # One at a time. A last state that speaks of a best epoch must never be without its weights; and
     # where processes wait for each other, the barriers of both managers bear the same names.
     self._last.wait_until_finished()
     self._best.wait_until_finished()
     # A run that was killed after this save comes here again, with the same values up to rounding;
     # orbax refuses to overwrite.
-    if label not in manager.all_steps():
-      manager.save(label, args=ocp.args.StandardSave(tree))
+    if step not in manager.all_steps():
+      manager.save(step, args=ocp.args.StandardSave(tree))
 
 
 class TrainedModel(NamedTuple):
@@ -118,22 +118,22 @@ def load_trained_model(folder: epath.Path, mesh: Mesh) -> TrainedModel:
   if (folder / "checkpoints").exists():
     best_epoch = (metrics.read_summary(folder) or {}).get("best_epoch")
     with Checkpoints(folder, read_only=True) as checkpoints:
-      like = abstract_state(make_init(config, info, mesh), info).weights()
-      weights = checkpoints.restore_best(like, best_epoch)
+      template = abstract_state(make_init(config, info, mesh), info).weights()
+      weights = checkpoints.restore_best(template, best_epoch)
   if weights is None:
     raise WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")
   return TrainedModel(config, info, make_model(config, info.num_classes), weights)
 
 
-def _restore(manager: ocp.CheckpointManager, like, label=None):
-  label = manager.latest_step() if label is None else label
-  if label is None:
+def _restore(manager: ocp.CheckpointManager, template, step=None):
+  step = manager.latest_step() if step is None else step
+  if step is None:
     return None
   try:
     # Told today's shardings: the devices may not be those that saved.
-    return manager.restore(label, args=ocp.args.StandardRestore(like))
+    return manager.restore(step, args=ocp.args.StandardRestore(template))
   except (OSError, ValueError, KeyError) as error:
     raise WorkdirError(
-      f"the checkpoint {manager.directory / str(label)} can't be read: "
+      f"the checkpoint {manager.directory / str(step)} can't be read: "
       f"{(str(error) or repr(error)).splitlines()[0]}"
     ) from error
