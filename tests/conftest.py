@@ -1,12 +1,20 @@
-"""What several tests need: the prepared CIFAR-100, and runs on it."""
+"""What the whole suite shares: eight CPU devices, a small dataset, finished runs, and its skips."""
 
+import collections
+import fcntl
 import importlib
 import os
-import pathlib
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+# Before JAX is imported; processes that tests start inherit it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from ml_collections import ConfigDict
+from needs import NEEDS
 
 from train.devices.compile import set_xla_flags
 
@@ -14,38 +22,88 @@ from train.devices.compile import set_xla_flags
 jax.config.update("jax_num_cpu_devices", 8)  # simulated
 set_xla_flags()
 
-# Many tests compile the same step, also in processes of their own.
-_CACHE = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-
-TESTS = pathlib.Path(__file__).parent
+TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
-
-def cifar100_dir() -> pathlib.Path:
-  """The TFDS directory that holds CIFAR-100; skips the test where there is none."""
-  candidates = [TESTS.parents[1] / "shared" / "tensorflow_datasets"]
-  if "TFDS_DATA_DIR" in os.environ:
-    candidates.insert(0, pathlib.Path(os.environ["TFDS_DATA_DIR"]))
-  for directory in candidates:
-    if (directory / "cifar100" / "3.0.2").is_dir():
-      return directory
-  missing = pytest.fail if "REQUIRE_CIFAR100" in os.environ else pytest.skip
-  missing("CIFAR-100 is not prepared: set TFDS_DATA_DIR to where it is")
+# One folder for all processes of a test run: the first one makes it and removes it.
+if "MLP_MODELS_TESTS" not in os.environ:
+  _folder = tempfile.TemporaryDirectory(prefix="mlp_models-tests-")
+  os.environ["MLP_MODELS_TESTS"] = _folder.name
+  # Many tests compile the same step, also in processes of their own.
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_folder.name) / "compiled")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+SHAPES100_DIR = Path(os.environ["MLP_MODELS_TESTS"]) / "tensorflow_datasets"
 
 
-def smoke_config(name: str = "mixer", **overrides):
-  """The smoke variant of configs/NAME.py on real CIFAR-100; overrides have dots as `__`."""
-  config = importlib.import_module(f"configs.{name}").get_config("smoke")
-  config.data.data_dir = str(cifar100_dir())
-  config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
-  return config
+# What is skipped ----------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Skips what needs something that is not here, and refuses a lack of what REQUIRE names."""
+  required = os.environ.get("REQUIRE", "").split()
+  for item in items:
+    for mark in item.iter_markers("needs"):
+      is_here, reason = NEEDS[mark.args[0]]
+      if not is_here and mark.args[0] in required:
+        raise pytest.UsageError(f"REQUIRE={mark.args[0]}: {reason}")
+      if not is_here:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+  """Fails a test that is skipped for a reason that `needs.NEEDS` does not list."""
+  report = yield
+  reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
+  if report.skipped and reason.removeprefix("Skipped: ") not in {n.reason for n in NEEDS.values()}:
+    report.outcome, report.longrepr = "failed", f"skipped, but not by tests/needs.py: {reason}"
+  return report
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+  """A line for each reason, with how many tests were skipped for it."""
+  skipped = terminalreporter.stats.get("skipped", [])
+  for reason, count in collections.Counter(report.longrepr[2] for report in skipped).most_common():
+    terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
+
+
+# Data and runs ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory) -> pathlib.Path:
-  """The workdir of a finished smoke run of MLP-Mixer on real CIFAR-100."""
+def shapes100() -> Path:
+  """SHAPES100_DIR, with 4,000 + 1,000 images of shapes100 in it: drawn once in a test run."""
+  import tensorflow_datasets as tfds  # seconds, and most tests need it not
+
+  from train.data.shapes100 import Shapes100
+
+  SHAPES100_DIR.mkdir(exist_ok=True)
+  with open(SHAPES100_DIR / "lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    builder = Shapes100(data_dir=SHAPES100_DIR)
+    builder.chunks = {"train": 4, "test": 1}
+    tfds.disable_progress_bar()
+    builder.download_and_prepare(file_format="array_record")  # nothing, the second time
+  return SHAPES100_DIR
+
+
+@pytest.fixture(scope="session")
+def smoke_config(shapes100) -> Callable[..., ConfigDict]:
+  """The smoke variant of configs/NAME.py on shapes100; overrides have dots as `__`."""
+
+  def make(name: str = "mixer", **overrides) -> ConfigDict:
+    config = importlib.import_module(f"configs.{name}").get_config("smoke")
+    config.data.name, config.data.data_dir = "shapes100", str(shapes100)
+    config.data.validation_split = "train[3500:]"
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return config
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(smoke_config, tmp_path_factory) -> Path:
+  """The workdir of a finished smoke run of MLP-Mixer."""
   from train.loop import train_and_evaluate
 
   folder = tmp_path_factory.mktemp("runs") / "mixer"
@@ -54,7 +112,7 @@ def finished_run(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory) -> pathlib.Path:
+def uninterrupted(shapes100, tmp_path_factory) -> Path:
   """The workdir of runs.COMMAND, which nothing has disturbed."""
   from runs import start
 

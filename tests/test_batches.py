@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import psutil
 import pytest
-from conftest import TESTS, cifar100_dir
+from conftest import SHAPES100_DIR, TESTS
 
 from configs import default
 from train import data
@@ -112,15 +112,16 @@ def test_prefetch_reads_no_further_ahead_than_told():
 
 
 def splits(**overrides) -> data.Dataset:
+  """Of the fixture shapes100."""
   config = default.get_config().data
-  config.data_dir = str(cifar100_dir())
+  config.name, config.data_dir = "shapes100", str(SHAPES100_DIR)
   config.train_split, config.test_split = "train[:600]", "test[:150]"
   config.update(overrides)
   return data.load(config, image_size=64, splits=("train", "test"))
 
 
 @pytest.mark.parametrize("in_processes", [False, True])
-def test_streamed_batches_are_those_in_memory(in_processes):
+def test_streamed_batches_are_those_in_memory(shapes100, in_processes):
   in_memory, streamed = splits(), splits(in_memory_bytes=0, workers=2)
   assert isinstance(in_memory.train, data.Split)
   assert isinstance(streamed.train, data.StreamedSplit)
@@ -141,7 +142,7 @@ def test_an_image_that_cannot_be_read_by_a_worker_is_named(tmp_path):
     list(batches(split, 4, in_processes=True))
 
 
-def test_workers_end_with_their_process(tmp_path):
+def test_workers_end_with_their_process(shapes100, tmp_path):
   code = """
 import os, signal, time
 import psutil

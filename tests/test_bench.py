@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cifar100_dir, smoke_config
+from needs import CIFAR100_DIR
 from PIL import Image
 
 import mlp_models
@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
 
 
-def test_figures_hang_together():
+def test_figures_hang_together(smoke_config):
   figures = bench.measure(timing.prepare(smoke_config()), repeats=3, seconds=0.2)
   assert (figures["model"], figures["params"], figures["batch_size"]) == ("mixer", 12836, 64)
   assert (figures["devices"], figures["platform"], figures["microbatch"]) == (8, "cpu", 2)
@@ -37,7 +37,7 @@ def test_figures_hang_together():
   assert 0.1 < figures["peak_memory_bytes"] / 2**30 < 20
 
 
-def test_run_trains_as_many_steps_as_told():
+def test_run_trains_as_many_steps_as_told(smoke_config):
   training = timing.prepare(smoke_config(steps_per_call=3))  # an epoch has eight
   before = int(training.state.step)
   began = time.perf_counter()
@@ -56,7 +56,7 @@ def test_the_age_of_a_process_begins_with_it():
   assert 1 < float(printed.stdout) < time.time() - began + 0.05
 
 
-def test_phases_are_parts_of_a_step():
+def test_phases_are_parts_of_a_step(smoke_config):
   parts = bench.phases(timing.prepare(smoke_config()), repeats=3)
   assert list(parts) == ["augment", "forward", "backward", "optimizer", "input", "waited"]
   assert parts["backward"] > 0
@@ -92,17 +92,18 @@ def test_perceivers_cost_is_linear_in_the_tokens_and_vits_is_not():
 
 
 @pytest.mark.slow
-def test_tune_tries_the_powers_of_two_in_a_devices_share():
+def test_tune_tries_the_powers_of_two_in_a_devices_share(smoke_config):
   rates = sweep.tune(smoke_config(), repeats=1, seconds=0.05)  # 64 images over 8 devices
   assert list(rates) == [1, 2, 4, 8]
   assert min(rates.values()) > 0
 
 
 @pytest.mark.slow
+@pytest.mark.needs("cifar100")
 def test_all_makes_a_table_of_the_default_configs(tmp_path):
   command = [sys.executable, "-m", "train.bench", "--all", "--output", tmp_path]
   command += ["--repeats", "1", "--seconds", "0.1"]
-  environment = os.environ | {"TFDS_DATA_DIR": str(cifar100_dir())}
+  environment = os.environ | {"TFDS_DATA_DIR": str(CIFAR100_DIR)}
   subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=590)
   rows = json.loads((tmp_path / "bench.json").read_text())
   assert [row["model"] for row in rows] == list(mlp_models.MODELS)
@@ -113,12 +114,12 @@ def test_all_makes_a_table_of_the_default_configs(tmp_path):
     assert line.startswith(f"| {row['model']} | {row['images_per_second']:.4g} ")
 
 
-def test_sweep_writes_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
+def test_sweep_writes_numbers_and_a_picture(shapes100, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr("train.bench.start_jax", lambda config: None)  # conftest's eight devices
   monkeypatch.setattr(sweep, "_BATCHES", (16, 64))
   command = ["bench", "--config", str(REPOSITORY / "configs" / "mixer.py:smoke")]
   command += ["--sweep", "batch", "--output", str(tmp_path), "--repeats", "1", "--seconds", "0.05"]
-  command += [f"--config.data.data_dir={smoke_config().data.data_dir}"]
+  command += ["--config.data.name=shapes100", f"--config.data.data_dir={shapes100}"]
   monkeypatch.setattr(sys, "argv", command)
   bench.main()
   rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]

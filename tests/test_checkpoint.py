@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from conftest import smoke_config
 
 from train import data
 from train.devices.mesh import make_mesh
@@ -11,7 +10,7 @@ from train.run.checkpoint import Checkpoints
 from train.state import make_init
 
 
-def test_a_save_begins_when_no_other_is_under_way(tmp_path, monkeypatch):
+def test_a_save_begins_when_no_other_is_under_way(smoke_config, tmp_path, monkeypatch):
   config = smoke_config()
   mesh = make_mesh(data=1, devices=jax.devices()[:1])
   info = data.describe(config.data)

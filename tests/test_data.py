@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 import pytest
 import tensorflow_datasets as tfds
-from conftest import cifar100_dir
 from ml_collections import ConfigDict
+from needs import CIFAR100_DIR
 from PIL import Image
 
 from configs import default
@@ -22,10 +22,7 @@ from train.data import decode, prepared, show
 from train.errors import DataError, UnreachableError
 
 REPOSITORY = Path(__file__).parents[1]
-CIFAR_FILES = (  # of a prepared CIFAR-100
-  "cifar100-test.array_record-00000-of-00001",
-  "cifar100-train.array_record-00000-of-00001",
-)
+TEST_FILE = "shapes100-test.array_record-00000-of-00001"
 
 
 def data_config(**overrides) -> ConfigDict:
@@ -52,17 +49,14 @@ def snapshot(folder):
 
 @pytest.fixture(scope="session")
 def cifar100():
-  return data.load(data_config(data_dir=str(cifar100_dir())), image_size=64)
+  return data.load(data_config(data_dir=str(CIFAR100_DIR)), image_size=64)
 
 
 @pytest.fixture
-def broken_cifar100(tmp_path):
-  """The folder of a CIFAR-100 of one's own, to be damaged."""
-  source = Path(cifar100_dir()) / "cifar100" / "3.0.2"
-  folder = tmp_path / "cifar100" / "3.0.2"
-  shutil.copytree(source, folder)
-  for path in (folder, *folder.iterdir()):
-    path.chmod(0o755)
+def to_damage(shapes100, tmp_path):
+  """The folder of a shapes100 of one's own, to be damaged."""
+  folder = tmp_path / "shapes100" / "1.0.0"
+  shutil.copytree(shapes100 / "shapes100" / "1.0.0", folder)
   return folder
 
 
@@ -90,6 +84,7 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
 # Splits -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.needs("cifar100")
 def test_cifar100_has_its_published_sizes_and_channel_means(cifar100):
   assert cifar100.train.images.shape == (45_000, 32, 32, 3)
   assert cifar100.validation.images.shape == (5_000, 32, 32, 3)
@@ -104,25 +99,26 @@ def test_cifar100_has_its_published_sizes_and_channel_means(cifar100):
   assert cifar100.class_names[:3] == ("apple", "aquarium_fish", "baby")
 
 
+@pytest.mark.needs("cifar100")
 def test_train_and_validation_are_the_first_and_last_rows_on_disk(cifar100):
-  builder = tfds.builder("cifar100", data_dir=cifar100_dir())
+  builder = tfds.builder("cifar100", data_dir=CIFAR100_DIR)
   source = builder.as_data_source("train")
   for split, row, index in (("train", 0, 0), ("train", -1, 44_999), ("validation", 0, 45_000)):
     np.testing.assert_array_equal(getattr(cifar100, split).images[row], source[index]["image"])
     assert getattr(cifar100, split).labels[row] == source[index]["label"]
 
 
-def test_only_the_asked_splits_are_read():
-  config = data_config(data_dir=str(cifar100_dir()), test_split="test[:7]")
+def test_only_the_asked_splits_are_read(shapes100):
+  config = data_config(name="shapes100", data_dir=str(shapes100), test_split="test[:7]")
   dataset = data.load(config, image_size=64, splits=("test",))
   assert dataset.train is None and dataset.validation is None
   assert len(dataset.test) == 7
 
 
-def test_describe_knows_sizes_and_classes_without_reading_images(monkeypatch):
+def test_describe_knows_sizes_and_classes_without_reading_images(shapes100, monkeypatch):
   monkeypatch.setattr("train.data.splits.decode", None)
-  info = data.describe(data_config(data_dir=str(cifar100_dir())))
-  assert info.sizes == {"train": 45_000, "validation": 5_000, "test": 10_000}
+  info = data.describe(data_config(name="shapes100", data_dir=str(shapes100)))
+  assert info.sizes == {"train": 3_600, "validation": 400, "test": 1_000}
   assert info.image_shape == (32, 32, 3) and info.num_classes == 100
 
 
@@ -193,11 +189,11 @@ def test_a_dataset_that_does_not_fit_is_streamed(photos_config, monkeypatch):
   assert isinstance(data.load(photos_config, image_size=2000).train, data.StreamedSplit)
 
 
-def test_tfrecord_says_how_to_prepare_anew(broken_cifar100):
-  info = broken_cifar100 / "dataset_info.json"
+def test_tfrecord_says_how_to_prepare_anew(to_damage):
+  info = to_damage / "dataset_info.json"
   info.write_text(info.read_text().replace("array_record", "tfrecord"))
-  with pytest.raises(DataError, match="as tfrecord.*prepare --name cifar100 --data_dir DIR"):
-    data.describe(data_config(data_dir=str(broken_cifar100.parents[1])))
+  with pytest.raises(DataError, match="as tfrecord.*prepare --name shapes100 --data_dir DIR"):
+    data.describe(data_config(name="shapes100", data_dir=str(to_damage.parents[1])))
 
 
 def test_a_dataset_without_images_is_refused():
@@ -260,10 +256,10 @@ def flip_a_byte(path):
 
 
 DAMAGES = {
-  "truncated": (CIFAR_FILES[0], lambda path: os.truncate(path, path.stat().st_size // 2)),
-  "flipped byte": (CIFAR_FILES[0], flip_a_byte),
-  "empty": (CIFAR_FILES[0], lambda path: os.truncate(path, 0)),
-  "missing shard": (CIFAR_FILES[0], Path.unlink),
+  "truncated": (TEST_FILE, lambda path: os.truncate(path, path.stat().st_size // 2)),
+  "flipped byte": (TEST_FILE, flip_a_byte),
+  "empty": (TEST_FILE, lambda path: os.truncate(path, 0)),
+  "missing shard": (TEST_FILE, Path.unlink),
   "unreadable info": ("dataset_info.json", lambda path: path.write_text('{"name": "cif')),
   "missing info": ("dataset_info.json", Path.unlink),
   "damaged names": ("label.labels.txt", lambda path: path.write_bytes(b"\xff\xfe\n" * 100)),
@@ -271,16 +267,16 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_data_is_named_and_nothing_deleted(broken_cifar100, damage):
+def test_damaged_data_is_named_and_nothing_deleted(to_damage, damage):
   name, spoil = DAMAGES[damage]
-  spoil(broken_cifar100 / name)
-  before = snapshot(broken_cifar100)
+  spoil(to_damage / name)
+  before = snapshot(to_damage)
   with pytest.raises(DataError) as error:
-    config = data_config(data_dir=str(broken_cifar100.parents[1]), test_split="test")
+    config = data_config(name="shapes100", data_dir=str(to_damage.parents[1]))
     data.load(config, image_size=64, splits=("test",))
-  assert name in str(error.value) and str(broken_cifar100) in str(error.value)
+  assert name in str(error.value) and str(to_damage) in str(error.value)
   assert "Nothing was deleted" in str(error.value)
-  assert snapshot(broken_cifar100) == before
+  assert snapshot(to_damage) == before
 
 
 def test_a_bad_png_names_its_file(tmp_path, monkeypatch):
@@ -309,19 +305,21 @@ def test_leftovers_of_a_killed_preparation_stay_and_do_not_disturb(tmp_path, mon
 # The command line ---------------------------------------------------------------------------------
 
 
-def test_show_draws_samples_and_patches(tmp_path):
+def test_show_draws_samples_and_patches(shapes100, tmp_path):
   output = tmp_path / "samples.png"
-  flags = ("--config.model.patch_size=16", f"--config.data.data_dir={cifar100_dir()}")
+  flags = ("--config.data.name=shapes100", f"--config.data.data_dir={shapes100}")
+  flags += ("--config.model.patch_size=16",)
   result = run_cli("show", "--config", "configs/mixer.py", *flags, "--output", output)
   assert (result.returncode, result.stderr) == (0, "")
   assert result.stdout == f"Wrote {output}\n"
   with Image.open(output) as image:
     assert image.format == "PNG" and image.size == (1800, 672)
-    assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 5_000  # photographs, not blank
+    assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 5_000  # noisy images, not blank
 
 
-def test_show_draws_a_streamed_set(tmp_path):
-  flags = ("--config.data.in_memory_bytes=0", f"--config.data.data_dir={cifar100_dir()}")
+def test_show_draws_a_streamed_set(shapes100, tmp_path):
+  flags = ("--config.data.name=shapes100", f"--config.data.data_dir={shapes100}")
+  flags += ("--config.data.in_memory_bytes=0",)
   result = run_cli("show", "--config", "configs/mixer.py", *flags, "--output", tmp_path / "a.png")
   assert (result.returncode, result.stderr) == (0, "")
 

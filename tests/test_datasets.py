@@ -3,12 +3,11 @@
 import hashlib
 import io
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import cifar100_dir
+from needs import CIFAR100_DIR
 from tensorflow_datasets.core.download import checksums
 from test_data import data_config, run_cli, snapshot
 
@@ -141,15 +140,16 @@ def test_cifar10_from_an_archive_on_disk(tmp_path, monkeypatch):
   assert len(dataset.train) + len(dataset.validation) == 50
 
 
+@pytest.mark.needs("cifar100")
 def test_real_cifar100_survives_the_way_through_an_archive(tmp_path, monkeypatch):
   """The real test split, packed as published, prepared from there: the same images a class."""
-  source = tfds.builder("cifar100", data_dir=cifar100_dir()).as_data_source("test")
+  source = tfds.builder("cifar100", data_dir=CIFAR100_DIR).as_data_source("test")
   examples = [source[index] for index in range(1000)]
   binary = to_binary(
     [(example["coarse_label"], example["label"]) for example in examples],
     [example["image"] for example in examples],
   )
-  folder = Path(cifar100_dir()) / "cifar100" / "3.0.2"
+  folder = CIFAR100_DIR / "cifar100" / "3.0.2"
   path = tmp_path / "cifar-100-binary.tar.gz"
   files = {
     "train.bin": binary[: 3074 * 10],
@@ -199,13 +199,7 @@ def test_shapes100_classes_differ_in_shape_and_texture():
 
 
 def test_shapes100_is_prepared_when_asked_for(tmp_path, monkeypatch):
-  generate = shapes100.Shapes100._generate_examples
-  few = {"train": 2, "test": 1}  # chunks, instead of 50 and 10
-  monkeypatch.setattr(
-    shapes100.Shapes100,
-    "_generate_examples",
-    lambda self, split, _: generate(self, split, few[split]),
-  )
+  monkeypatch.setattr(shapes100.Shapes100, "chunks", {"train": 2, "test": 1})
   config = data_config(name="shapes100", data_dir=str(tmp_path))
   dataset = data.load(config, image_size=64)
   assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (1800, 200, 1000)

@@ -1,7 +1,6 @@
 """What a mistyped command line says: one line, before anything is loaded."""
 
 import sys
-from importlib.util import find_spec
 
 import pytest
 
@@ -53,7 +52,7 @@ def test_bad_flag_is_one_line(flag, message, status, monkeypatch, capsys, tmp_pa
     pytest.param(
       "gs://bucket/run",
       "Please install gcsfs to access Google Storage. For gs://: pip install -c constraints.txt -e",
-      marks=pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed"),
+      marks=pytest.mark.needs("no gcsfs"),
     ),
   ],
 )

@@ -54,7 +54,7 @@ def assert_same_curves(folder: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_one_process(tmp_path_factory) -> Path:
+def on_one_process(shapes100, tmp_path_factory) -> Path:
   """The workdir of a run that one process with four devices has finished undisturbed."""
   folder = tmp_path_factory.mktemp("runs") / "one"
   process = start(folder, devices=4)
@@ -95,7 +95,7 @@ def test_two_processes_are_killed_restarted_and_equal_one(on_one_process, tmp_pa
     ("vit", ["--config.optimizer.learning_rate=3e-4"]),
   ],
 )
-def test_run_moves_between_meshes_and_processes(name, flags, tmp_path):
+def test_run_moves_between_meshes_and_processes(shapes100, name, flags, tmp_path):
   def begin(folder: Path, mesh: str, processes: int, devices: int) -> subprocess.Popen:
     command = on_processes(processes, devices) if processes > 1 else COMMAND
     command = [part.replace("configs/mixer.py", f"configs/{name}.py") for part in command]
@@ -140,12 +140,12 @@ def errors_of_two(folder: Path, flags_of: Callable[[int], list[str]]) -> list[st
   return errors
 
 
-def test_processes_that_differ_in_their_config_do_not_train(tmp_path):
+def test_processes_that_differ_in_their_config_do_not_train(shapes100, tmp_path):
   for error in errors_of_two(tmp_path / "run", lambda index: [f"--config.seed={index}"]):
     assert "error: the processes of this run differ in config, dataset or --workdir" in error
 
 
-def test_processes_tell_each_other_which_images_are_broken(tmp_path):
+def test_processes_tell_each_other_which_images_are_broken(shapes100, tmp_path):
   path = make_folder(tmp_path / "images")
   broken = sorted((path / "train" / "dog").iterdir())[:4]  # two in the share of each process
   for file in broken:
@@ -160,7 +160,7 @@ def test_processes_tell_each_other_which_images_are_broken(tmp_path):
   [("JOB_COMPLETION_INDEX", "Kubernetes"), ("OMPI_COMM_WORLD_SIZE", "Open MPI")],
 )
 def test_a_process_that_does_not_find_the_others_does_not_train(
-  name, launcher, tmp_path, monkeypatch
+  shapes100, name, launcher, tmp_path, monkeypatch
 ):
   monkeypatch.setenv(name, "3")
   process = start(tmp_path / "run", devices=1)

@@ -3,7 +3,6 @@
 Skipped without the extra [bench], which is larger than all the rest together.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, cifar100_dir
+from conftest import GOLDEN
+from needs import CIFAR100_DIR
 from test_golden import overrides
 from test_keras_weights import golden_weights
 
@@ -20,17 +20,16 @@ import mlp_models
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec("keras") is None, reason="Keras: make test-keras"
-)
+pytestmark = pytest.mark.needs("keras")
 
 
+@pytest.mark.needs("cifar100")
 def test_both_are_timed_by_turns():
   command = [sys.executable, BENCHMARKS / "compare_keras.py", "--models", "mixer", "--json"]
   output = subprocess.check_output(
     [*command, "--rounds=2", "--seconds=0.5"],
     cwd=BENCHMARKS.parent,
-    env=os.environ | {"TFDS_DATA_DIR": str(cifar100_dir())},
+    env=os.environ | {"TFDS_DATA_DIR": str(CIFAR100_DIR)},
     text=True,
   )
   row = json.loads(output.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Whole runs on real CIFAR-100: what they leave, how they stop, and that they go on unharmed."""
+"""Whole runs: what they leave, how they stop, and that they go on unharmed."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import smoke_config
+from needs import CIFAR100_DIR
 from PIL import Image
 from runs import CLOCK, COMMAND, REPOSITORY, numbers, saved_step, start
 
@@ -42,7 +42,7 @@ def test_run_leaves_what_the_readme_promises(finished_run):
   assert str(best["epoch"]) in {p.name for p in (finished_run / "checkpoints" / "best").iterdir()}
 
 
-def test_finished_run_is_not_run_again(finished_run, capsys):
+def test_finished_run_is_not_run_again(smoke_config, finished_run, capsys):
   before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
   again = train_and_evaluate(smoke_config(epochs=3), finished_run)
   assert again == metrics.read_summary(finished_run)
@@ -50,7 +50,7 @@ def test_finished_run_is_not_run_again(finished_run, capsys):
   assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
-def test_workdir_of_another_config_is_refused_with_the_differences(finished_run):
+def test_workdir_of_another_config_is_refused_with_the_differences(smoke_config, finished_run):
   with pytest.raises(WorkdirError) as error:
     train_and_evaluate(smoke_config(epochs=4, optimizer__learning_rate=0.1), finished_run)
   assert "epochs: 3 there, 4 here" in str(error.value)
@@ -58,7 +58,7 @@ def test_workdir_of_another_config_is_refused_with_the_differences(finished_run)
   assert str(error.value).count("\n") == 2
 
 
-def test_workdir_that_has_saved_nothing_takes_another_config(tmp_path):
+def test_workdir_that_has_saved_nothing_takes_another_config(smoke_config, tmp_path):
   with pytest.raises(TrainingFailed):
     train_and_evaluate(smoke_config(optimizer__learning_rate=1e30), tmp_path)
   result = train_and_evaluate(smoke_config(epochs=1), tmp_path)
@@ -66,15 +66,17 @@ def test_workdir_that_has_saved_nothing_takes_another_config(tmp_path):
   assert [row["epoch"] for row in metrics.read(tmp_path)] == [1]
 
 
-def test_folder_that_holds_something_else_is_refused(tmp_path):
+def test_folder_that_holds_something_else_is_refused(smoke_config, tmp_path):
   (tmp_path / "thesis.tex").write_text("draft")
   with pytest.raises(WorkdirError, match="holds files but no config.json"):
     train_and_evaluate(smoke_config(), tmp_path)
   assert (tmp_path / "thesis.tex").read_text() == "draft"
 
 
-def test_loss_falls_on_real_images(tmp_path):
+@pytest.mark.needs("cifar100")
+def test_loss_falls_on_real_images(smoke_config, tmp_path):
   config = smoke_config(epochs=8, optimizer__learning_rate=3e-3)
+  config.data.name, config.data.data_dir = "cifar100", str(CIFAR100_DIR)
   train_and_evaluate(config, tmp_path)
   rows = metrics.read(tmp_path)
   assert rows[0]["train_loss"] > 4.5
@@ -82,7 +84,7 @@ def test_loss_falls_on_real_images(tmp_path):
   assert rows[-1]["train_top5"] > 0.2
 
 
-def test_early_stop_restores_the_best_epoch(tmp_path):
+def test_early_stop_restores_the_best_epoch(smoke_config, tmp_path):
   # At this rate no weight changes, so every epoch after the first ties with it.
   config = smoke_config(
     epochs=9, optimizer__learning_rate=1e-20, early_stop_patience=2, plateau__patience=1
@@ -94,7 +96,7 @@ def test_early_stop_restores_the_best_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 100])
-def test_divergence_ends_the_run_with_advice(tmp_path, steps_per_call):
+def test_divergence_ends_the_run_with_advice(smoke_config, tmp_path, steps_per_call):
   config = smoke_config(
     optimizer__learning_rate=1e30, best_metric="val_accuracy", steps_per_call=steps_per_call
   )
@@ -221,7 +223,7 @@ def test_unfinished_epoch_beyond_the_checkpoint_is_run_again(uninterrupted, tmp_
   assert numbers(folder) == numbers(uninterrupted)
 
 
-def test_out_of_memory_names_three_knobs(tmp_path):
+def test_out_of_memory_names_three_knobs(shapes100, tmp_path):
   sizes = ("--config.model.image_size=512", "--config.model.patch_size=64")
   batch = ("--config.batch_size=4096", "--config.microbatch=2048")
   limit = ("bash", "-c", 'ulimit -v 8388608; exec "$@"', "bash")  # 8 GiB

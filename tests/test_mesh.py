@@ -1,7 +1,6 @@
 """How many devices a CPU is, and how many images each computes at a time."""
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +111,7 @@ def test_compiled_programs_are_kept_in_the_users_cache_unless_told_where(tmp_pat
   assert start_jax(folder, **environment) == "/elsewhere"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
+@pytest.mark.needs("glibc")
 def test_freed_memory_is_kept():
   statements = """
 import resource

@@ -1,6 +1,5 @@
 """Planning for a TPU slice: what is asked of the compiler, and what is made of its answer."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,9 +15,7 @@ from train.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[1]
 
-needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make test-plan"
-)
+needs_libtpu = pytest.mark.needs("libtpu")
 
 
 def run_plan(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

