@@ -36,9 +36,11 @@ def sent(models: list[str]) -> None:
   from launch import collectives
   from train import data
   from train.devices import mesh
+  from train.devices.compile import skip_missing_tpu
   from train.state import abstract_state, make_init
   from train.step import lower_train_step, make_train_step
 
+  skip_missing_tpu()
   jax.config.update("jax_num_cpu_devices", 8)
   jax.config.update("jax_disable_most_optimizations", True)  # of arithmetic: quicker to compile
   kinds = ("all-gather", "reduce-scatter", "all-reduce")

@@ -1,10 +1,5 @@
 """How many devices a CPU is, and how many images each computes at a time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
 
@@ -66,63 +61,3 @@ def test_mesh_takes_what_is_left_and_cuts_the_largest_axis():
 def test_mesh_that_does_not_fit_is_refused_with_the_numbers(data, fsdp, message):
   with pytest.raises(ConfigError, match=message):
     make_mesh(data, fsdp, jax.devices()[:8])
-
-
-def start_jax(expression: str, statements: str = "", **environment: str) -> str:
-  """What `expression` prints in a new process whose JAX was set up for the default config."""
-  code = (
-    "from configs import mixer; from train.devices.compile import start_jax; import jax, os; "
-    f"start_jax(mixer.get_config())\n{statements}\nprint({expression})"
-  )
-  process = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=Path(__file__).parents[1],
-    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-    capture_output=True,
-    text=True,
-  )
-  assert process.returncode == 0, process.stderr
-  return process.stdout.strip()
-
-
-def test_every_core_is_a_device_unless_the_user_says_otherwise():
-  cores = max(n for n in range(1, len(os.sched_getaffinity(0)) + 1) if 128 % n == 0)
-  for environment, expected in (
-    ({}, cores),
-    ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
-    ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
-  ):
-    assert start_jax("jax.device_count()", **environment) == str(expected)
-
-
-def test_our_options_of_xla_are_added_to_the_users():
-  timeout = "--xla_cpu_collective_call_terminate_timeout_seconds"
-  ours = f"{timeout}=3600 --xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
-  assert start_jax("os.environ['XLA_FLAGS']", XLA_FLAGS="") == ours
-  theirs = f"{timeout}=60 --xla_backend_extra_options=xla_cpu_ftz=true"
-  assert start_jax("os.environ['XLA_FLAGS']", XLA_FLAGS=theirs) == theirs
-
-
-def test_compiled_programs_are_kept_in_the_users_cache_unless_told_where(tmp_path):
-  folder = "jax.config.jax_compilation_cache_dir"
-  environment = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}
-  assert start_jax(folder, **environment) == str(tmp_path / "mlp_models")
-  environment["JAX_COMPILATION_CACHE_DIR"] = "/elsewhere"
-  assert start_jax(folder, **environment) == "/elsewhere"
-
-
-@pytest.mark.needs("glibc")
-def test_freed_memory_is_kept():
-  statements = """
-import resource
-
-def page_faults():
-  for _ in range(10):
-    blocks = [bytearray(15 * 2**20) for _ in range(3)]
-    del blocks
-  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-before = page_faults()
-"""
-  # Of 11,520 pages at a time, glibc by itself gives two thirds back to the system.
-  assert int(start_jax("page_faults() - before", statements)) < 1000

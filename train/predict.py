@@ -19,6 +19,7 @@ from train import augment, flags
 from train.data.batches import batches
 from train.data.decode import PIL_MODES
 from train.data.splits import Split
+from train.devices.compile import skip_missing_tpu
 from train.devices.mesh import make_mesh
 from train.errors import WorkdirError, fail
 from train.run.checkpoint import TrainedModel, load_trained_model
@@ -74,6 +75,7 @@ def main() -> None:
   parser.add_argument("--json", action="store_true", help="one JSON object an image and line")
   arguments = parser.parse_args()
   flags.quiet_libraries()
+  skip_missing_tpu()
   try:
     trained = load_trained_model(arguments.workdir, make_mesh())
   except WorkdirError as error:

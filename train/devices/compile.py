@@ -1,5 +1,6 @@
 """How JAX is started, and what its compiler is told."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -34,12 +35,36 @@ def start_jax(config: ConfigDict) -> None:
   Compiled programs are kept in the user's cache folder, if `config.compilation_cache` says so and
   the user has chosen no other folder (JAX_COMPILATION_CACHE_DIR).
   """
+  skip_missing_tpu()
   _use_every_core(config.batch_size)
   _keep_freed_memory()
   set_xla_flags()
   if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlp_models"
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def skip_missing_tpu(root: Path = Path("/")) -> None:
+  """Keeps JAX from trying libtpu on a machine without a TPU, where libtpu prints errors.
+
+  Call it before anything starts JAX's backend. It changes nothing where there may be a TPU, or
+  where the user has set JAX_PLATFORMS.
+
+  Args:
+    root: of the file system, for tests.
+  """
+  # JAX sets the platforms itself where it sees a TPU; libtpu also looks at the device files.
+  if getattr(jax.config, "jax_platforms", None) is not None or _may_have_tpu(root / "dev"):
+    return
+  with contextlib.suppress(ImportError, TypeError, RuntimeError):  # a later JAX: nothing changes
+    from jax.extend.backend import register_backend_factory
+
+    register_backend_factory("tpu", lambda: None)  # None: there is none, which JAX takes quietly
+
+
+def _may_have_tpu(devices: Path) -> bool:
+  vfio = [path for path in devices.glob("vfio/*") if path.name != "vfio"]
+  return bool(vfio) or any(devices.glob("accel[0-9]*"))
 
 
 def set_xla_flags() -> None:
