@@ -21,6 +21,8 @@ from mlp_models.mixer import Mixer
 from mlp_models.perceiver import Perceiver
 from mlp_models.vit import ViT
 
+__version__ = "0.2.0"
+
 _CLASSES = {"mixer": Mixer, "fnet": FNet, "gmlp": GMLP, "perceiver": Perceiver, "vit": ViT}
 MODELS = tuple(_CLASSES)
 

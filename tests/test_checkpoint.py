@@ -1,13 +1,20 @@
-"""Saves in the background do not overlap."""
+"""Saves in the background do not overlap, and are read by the version that wrote them."""
+
+import json
+import shutil
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
+import mlp_models
 from train import data
 from train.devices.mesh import make_mesh
+from train.errors import WorkdirError
+from train.loop import train_and_evaluate
 from train.run.checkpoint import Checkpoints
-from train.state import make_init
+from train.state import abstract_state, make_init
 
 
 def test_a_save_begins_when_no_other_is_under_way(smoke_config, tmp_path, monkeypatch):
@@ -29,3 +36,35 @@ def test_a_save_begins_when_no_other_is_under_way(smoke_config, tmp_path, monkey
       checkpoints.save_best(state.replace(epoch=np.int32(epoch)))
   assert len(managers) == 2
   assert under_way == []
+
+
+@pytest.mark.parametrize("by", ["0.1", "9.9.9"])
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(
+  by, finished_run, smoke_config, tmp_path, monkeypatch
+):
+  folder = tmp_path / "run"
+  shutil.copytree(finished_run, folder)
+  (folder / "summary.json").unlink()  # or there is nothing to go on with
+  if by == "0.1":  # which knew no versions
+    path = folder / "checkpoints" / "last" / "27" / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {}}))
+  else:
+    metadata = {"state_version": 99, "saved_by": f"mlp_models {by}"}
+    monkeypatch.setattr("train.run.checkpoint._VERSION", metadata)
+    with Checkpoints(folder) as checkpoints:
+      template = abstract_state_of(smoke_config(epochs=3))
+      state = checkpoints.restore_last(template)
+      checkpoints.save_last(state.replace(step=state.step + 1))
+    monkeypatch.undo()
+  before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+  with pytest.raises(WorkdirError) as error:
+    train_and_evaluate(smoke_config(epochs=3), folder)
+  assert f"was saved by mlp_models {by} and is read by that version only" in str(error.value)
+  assert f"not by mlp_models {mlp_models.__version__}" in str(error.value)
+  assert "\n" not in str(error.value)
+  assert {path: path.read_bytes() for path in before} == before
+
+
+def abstract_state_of(config):
+  mesh, info = make_mesh(), data.describe(config.data)
+  return abstract_state(make_init(config, info, mesh), info)

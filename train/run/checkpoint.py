@@ -14,10 +14,18 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+import mlp_models
 from train.data.splits import DatasetInfo
 from train.errors import WorkdirError
 from train.run import metrics, workdir
 from train.state import TrainState, Weights, abstract_state, make_init, make_model
+
+# Beside each checkpoint; those of mlp_models 0.1 have neither.
+_VERSION = {
+  "state_version": TrainState.VERSION,
+  "saved_by": f"mlp_models {mlp_models.__version__}",
+}
+_BEFORE_VERSIONS = {"state_version": 0, "saved_by": "mlp_models 0.1"}
 
 
 class Checkpoints:
@@ -26,6 +34,8 @@ class Checkpoints:
   Args:
     folder: the workdir.
     read_only: nothing is made or deleted in it.
+  Raises:
+    WorkdirError: the last state is of another version than ours.
   """
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
@@ -46,6 +56,8 @@ class Checkpoints:
     # Two of the best: a run that is killed between the saves of an epoch's best weights and of its
     # state goes on from a state that still speaks of the best before.
     self._last, self._best = manager("last", keep=1), manager("best", keep=2)
+    if not read_only:
+      _require_version(self._last)
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -95,7 +107,19 @@ class Checkpoints:
     # A run that was killed after this save comes here again, with the same values up to rounding;
     # orbax refuses to overwrite.
     if step not in manager.all_steps():
-      manager.save(step, args=ocp.args.StandardSave(tree))
+      manager.save(step, args=ocp.args.StandardSave(tree), custom_metadata=_VERSION)
+
+
+def _require_version(manager: ocp.CheckpointManager) -> None:
+  if (step := manager.latest_step()) is None:
+    return
+  found = _BEFORE_VERSIONS | (manager.metadata(step).custom_metadata or {})
+  if found["state_version"] != TrainState.VERSION:
+    raise WorkdirError(
+      f"the checkpoint {manager.directory / str(step)} was saved by {found['saved_by']} and is "
+      f"read by that version only, not by {_VERSION['saved_by']}: go on with it, or choose another "
+      "--workdir"
+    )
 
 
 class TrainedModel(NamedTuple):
