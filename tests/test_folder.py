@@ -116,7 +116,7 @@ import json, runpy, sys
 from train import loop
 train_epoch, path = loop._train_epoch, sys.argv.pop(1)
 
-def listing(state, step, calls, *rest):
+def listing(run, state, calls):
   number = int(state.step)
   def listed():
     nonlocal number
@@ -127,7 +127,7 @@ def listing(state, step, calls, *rest):
           ids = [label for label, mask in zip(labels, masks) if mask]
           print(json.dumps([number, ids]), file=file)
       yield call
-  return train_epoch(state, step, listed(), *rest)
+  return train_epoch(run, state, listed())
 
 loop._train_epoch = listing
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from train.cost import flops_per_image, matmul_peak
 from train.devices.compile import compiler_options, start_jax
 from train.devices.machine import peak_memory, process_age
 from train.errors import ConfigError, DataError, fail
-from train.state import make_model
+from train.state import count_parameters, make_model
 from train.step import evaluate, loss, make_eval_step, sum_over_batch
 from train.sweep import sweep_and_draw, tune
 from train.timing import Training, prepare, time_steps
@@ -70,7 +70,7 @@ def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
   peak = matmul_peak(devices, config.dtype)
   return {
     "model": config.model.name,
-    "params": sum(x.size for x in jax.tree.leaves(training.state.params)),
+    "params": count_parameters(training.state.params),
     "batch_size": batch,
     "microbatch": training.microbatch,
     "devices": devices.size,

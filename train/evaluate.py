@@ -41,7 +41,7 @@ def main() -> None:
     fail(f"{str(error).splitlines()[0]} Say where it is with --data_dir.", 1)
   except DataError as error:
     fail(str(error).replace("--config.data.", "--"), 1)
-  split = getattr(dataset, arguments.split)
+  split = dataset[arguments.split]
   step = make_eval_step(trained.model, microbatch, mesh)
   metrics = evaluate(step, trained.weights, split, config.batch_size, mesh)
   print(json.dumps({"split": arguments.split, "images": len(split), **metrics}))

@@ -1,10 +1,11 @@
-"""A whole run, top to bottom."""
+"""A whole run, top to bottom: open it, train it epoch by epoch, test its best weights."""
 
 import contextlib
 import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,19 +17,28 @@ from train import data, optimizer
 from train.data.batches import num_batches, train_calls
 from train.data.statistics import channel_statistics
 from train.devices import hosts
-from train.devices.mesh import FSDP, make_mesh, microbatch_size, replicated
+from train.devices.mesh import make_mesh, microbatch_size, replicated
 from train.errors import Interrupted, TrainingFailed
 from train.interrupt import StopRequest
 from train.run import metrics, workdir
 from train.run.checkpoint import Checkpoints
+from train.run.header import format_header
 from train.run.progress import Progress
-from train.state import Sums, TrainState, abstract_state, make_init, make_model
+from train.state import (
+  Sums,
+  TrainState,
+  Weights,
+  abstract_state,
+  count_parameters,
+  make_init,
+  make_model,
+)
 from train.step import compile_in_background, evaluate, make_eval_step, make_train_step
 
-_SAVE = 1  # what a process votes for, or the number of a signal: 2 and more
+_SAVE = 1  # vote 1: save; a vote >= 2 is a signal number: save and stop
 
 
-def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
+def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
   """Trains `config.model`, or goes on where an earlier run in the same folder stopped.
 
   Args:
@@ -39,125 +49,214 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict:
   Raises:
     ConfigError: the batch does not fit the devices.
     DataError: the dataset is out of reach or broken.
-    WorkdirError: the folder can't be used, or holds a run with another config.
+    WorkdirError: the folder can't be used, or holds a run of another config or version.
     Disagreement: the processes of the run differ in config, dataset or workdir.
     Interrupted: a signal asked the run to stop; its state is saved.
     TrainingFailed: the loss is no longer a number.
   """
   mesh = make_mesh(**config.mesh)
-  microbatch = microbatch_size(config, mesh)
+  microbatch_size(config, mesh)  # raises, before anything costly starts
+  info = claim(config, folder)
+  if summary := metrics.read_summary(folder):
+    print(f"{folder} holds a finished run; another --workdir starts a new one.")
+    return summary
+  with contextlib.ExitStack() as stack:
+    run, state = open_run(config, info, folder, mesh, stack)
+    state = train(run, state)
+    return test(run, state)
+
+
+class Run(NamedTuple):
+  """What the parts of a run share."""
+
+  config: ConfigDict
+  folder: epath.Path
+  mesh: Mesh
+  dataset: data.Dataset
+  step: Callable  # (state, batches) -> (next state, Sums of each step)
+  eval_step: Callable  # (weights, batch) -> Sums
+  template: TrainState  # shapes, dtypes and shardings of its state
+  checkpoints: Checkpoints
+  watch: "Watch"
+  writer: metrics.Writer
+  progress: Progress
+
+
+class Watch:
+  """Looks at the clock and for signals between two calls of the step; all processes agree."""
+
+  def __init__(self, stop: StopRequest, checkpoints: Checkpoints, config: ConfigDict, mesh: Mesh):
+    self._stop, self._checkpoints = stop, checkpoints
+    self._seconds = config.checkpoint_seconds
+    self._agree = hosts.Agreement(mesh)
+
+  def __call__(self, state: TrainState) -> None:
+    """Saves the state if it is time, or saves it and raises Interrupted after a signal."""
+    late = self._checkpoints.seconds_since_last > self._seconds
+    if decision := self._agree(self._stop.signum or (_SAVE if late else 0)):
+      self.save(state)
+    if decision > _SAVE:
+      raise Interrupted(decision)
+
+  def save(self, state: TrainState) -> None:
+    """Saves the state, whatever the clock says."""
+    self._checkpoints.save_last(state)
+    self._agree.forget()
+
+
+def claim(config: ConfigDict, folder: epath.Path) -> data.DatasetInfo:
+  """Finds or prepares the dataset and makes the workdir this run's; all processes agree on both."""
   with hosts.first_goes_first():
     config.data = data.resolve(config.data)
   info = data.describe(config.data, data.Processes(hosts.share, hosts.gather))
   with hosts.first_goes_first():
     workdir.claim(folder, config, info)
-  summary = metrics.read_summary(folder)
-  run = [config.to_json(), info.sizes, info.class_names, (folder / "config.json").exists(), summary]
-  hosts.require_same("config, dataset or --workdir", run)
-  if summary:
-    print(f"{folder} holds a finished run; another --workdir starts a new one.")
-    return summary
+  summary, is_there = metrics.read_summary(folder), (folder / "config.json").exists()
+  same = [config.to_json(), info.sizes, info.class_names, is_there, summary]
+  hosts.require_same("config, dataset or --workdir", same)
+  return info
+
+
+def open_run(
+  config: ConfigDict,
+  info: data.DatasetInfo,
+  folder: epath.Path,
+  mesh: Mesh,
+  stack: contextlib.ExitStack,
+) -> tuple[Run, TrainState]:
+  """Reads the images while the step compiles, and makes the first state or restores the last one.
+
+  Args:
+    stack: closes what the run opens.
+  """
   print(f"Reading {info.name} and compiling {config.model.name} takes a moment.", flush=True)
-  model = make_model(config, info.num_classes)
+  microbatch = microbatch_size(config, mesh)
   init = make_init(config, info, mesh)
-  abstract = abstract_state(init, info)
-  finish_epoch = _make_finish_epoch(config, mesh)
-  steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
-  agree = hosts.Agreement(mesh)
+  template = abstract_state(init, info)
+  stop = stack.enter_context(StopRequest())
+  checkpoints = stack.enter_context(Checkpoints(folder))
 
-  with contextlib.ExitStack() as stack:
-    stop, checkpoints = stack.enter_context(StopRequest()), stack.enter_context(Checkpoints(folder))
-    step = make_train_step(config, info.num_classes, microbatch, mesh)
-    compiling = compile_in_background(step, init, config, info, mesh)
-    dataset = data.load(config.data, config.model.image_size, sharers=hosts.processes_here())
-    compiled, _ = compiling.result()
-    if stop.signum and jax.process_count() == 1:  # several agree after the first call
-      raise Interrupted(stop.signum)
+  step = make_train_step(config, info.num_classes, microbatch, mesh)
+  compiling = compile_in_background(step, init, config, info, mesh)
+  dataset = data.load(config.data, config.model.image_size, sharers=hosts.processes_here())
+  compiled, _ = compiling.result()
+  if stop.signum and jax.process_count() == 1:  # several agree after the first call
+    raise Interrupted(stop.signum)
 
-    hosts.require_same("the checkpoint that they see", checkpoints.last_step)
-    state = checkpoints.restore_last(abstract)
-    if state is None:
-      state = init(*channel_statistics(dataset.train))
-    else:
-      print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
-    steps = range(int(state.step), config.epochs * steps_per_epoch)
-    calls = stack.enter_context(
-      contextlib.closing(train_calls(dataset.train, config, mesh, steps))  # ends its workers
-    )
-    eval_step = make_eval_step(model, microbatch, mesh)
-    _print_header(config, info, dataset, state, mesh, microbatch, compiled)
+  hosts.require_same("the checkpoint that they see", checkpoints.last_step)
+  state = checkpoints.restore_last(template)
+  if state is None:
+    state = init(*channel_statistics(dataset["train"]))
+  else:
+    print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
+  print(format_header(config, info, dataset, state, mesh, microbatch, compiled), flush=True)
 
-    def between_calls(state: TrainState) -> None:
-      late = checkpoints.seconds_since_last > config.checkpoint_seconds
-      if decision := agree(stop.signum or (_SAVE if late else 0)):
-        checkpoints.save_last(state)
-        agree.forget()
-      if decision > _SAVE:
-        raise Interrupted(decision)
+  steps = config.epochs * num_batches(info.sizes["train"], config.batch_size)
+  title = f"{config.model.name} on {info.name}"
+  run = Run(
+    config,
+    folder,
+    mesh,
+    dataset,
+    step,
+    make_eval_step(make_model(config, info.num_classes), microbatch, mesh),
+    template,
+    checkpoints,
+    Watch(stop, checkpoints, config, mesh),
+    stack.enter_context(metrics.Writer(folder, int(state.epoch), title)),
+    stack.enter_context(Progress(steps, int(state.step), config.batch_size)),
+  )
+  return run, state
 
-    progress = Progress(config.epochs * steps_per_epoch, int(state.step), config.batch_size)
-    writer = metrics.Writer(folder, int(state.epoch), f"{config.model.name} on {info.name}")
-    with writer, progress:
-      while not _finished(state, config):
-        epoch = int(state.epoch) + 1
-        progress.description = f"epoch {epoch}/{config.epochs}"
-        began = time.perf_counter()
-        left = epoch * steps_per_epoch - int(state.step)
-        epoch_calls = itertools.islice(calls, -(-left // config.steps_per_call))
-        state = _train_epoch(state, step, epoch_calls, progress, between_calls)
-        train = state.sums.means()
-        train_seconds = time.perf_counter() - began
-        before = (steps_per_epoch - left) * config.batch_size  # images that a run before this saw
-        seen = max(0, len(dataset.train) - before)
 
-        val = evaluate(
-          eval_step,
-          state.weights(),
-          dataset.validation,
-          config.batch_size,
-          mesh,
-          after_batch=functools.partial(between_calls, state),
-        )
-        progress.skip_pause()
-        row = {
-          "epoch": epoch,
-          "step": int(state.step),
-          **{f"train_{name}": value for name, value in train.items()},
-          **{f"val_{name}": value for name, value in val.items()},
-          "learning_rate": config.optimizer.learning_rate * float(state.plateau.scale),
-          "images_per_second": seen / train_seconds,
-          "seconds": time.perf_counter() - began,
-        }
-        writer.epoch(row)
-        progress.write(metrics.format_epoch(row, config.epochs))
+def train(run: Run, state: TrainState) -> TrainState:
+  """Trains from the state on, epoch by epoch, to the last one or until early stopping."""
+  config, images = run.config, run.dataset["train"]
+  steps_per_epoch = num_batches(len(images), config.batch_size)
+  steps = range(int(state.step), config.epochs * steps_per_epoch)
+  finish_epoch = _make_finish_epoch(config, run.mesh)
+  with contextlib.closing(train_calls(images, config, run.mesh, steps)) as calls:
+    while not _is_finished(state, config):
+      epoch = int(state.epoch) + 1
+      run.progress.description = f"epoch {epoch}/{config.epochs}"
+      began = time.perf_counter()
+      steps_left = epoch * steps_per_epoch - int(state.step)
+      epoch_calls = itertools.islice(calls, -(-steps_left // config.steps_per_call))
+      state = _train_epoch(run, state, epoch_calls)
+      metrics_of = {"train": state.sums.means()}
+      train_seconds = time.perf_counter() - began
+      # Those of an epoch that was resumed are fewer, and its last batch is not full.
+      seen = len(images) - (steps_per_epoch - steps_left) * config.batch_size
 
-        state = finish_epoch(state, val["loss"], row[config.best_metric])
-        if int(state.best.epoch) == epoch:
-          checkpoints.save_best(state)
-        checkpoints.save_last(state)
-        agree.forget()
-
-      best_epoch = int(state.best.epoch)
-      progress.write(f"Testing the weights of epoch {best_epoch}.")
-      best = checkpoints.restore_best(abstract.weights(), best_epoch)
-      test = evaluate(
-        eval_step,
-        best,
-        dataset.test,
-        config.batch_size,
-        mesh,
-        after_batch=functools.partial(between_calls, state),
-      )
-      summary = {
-        **{f"test_{name}": value for name, value in test.items()},
-        "best_epoch": best_epoch,
-        "epochs": int(state.epoch),
-        "parameters": _count(state.params),
-        "stopped_early": int(state.epoch) < config.epochs,
-        "seconds": sum(row["seconds"] for row in metrics.read(folder)),
+      metrics_of["val"] = _evaluate(run, state, state.weights(), "validation")
+      run.progress.skip_pause()
+      row = {
+        "epoch": epoch,
+        "step": int(state.step),
+        **{f"{split}_{k}": v for split, values in metrics_of.items() for k, v in values.items()},
+        "learning_rate": config.optimizer.learning_rate * float(state.plateau.scale),
+        "images_per_second": max(0, seen) / train_seconds,
+        "seconds": time.perf_counter() - began,
       }
-      writer.summary(summary)
+      run.writer.epoch(row)
+      run.progress.write(metrics.format_epoch(row, config.epochs))
+
+      state = finish_epoch(state, row["val_loss"], row[config.best_metric])
+      if int(state.best.epoch) == epoch:
+        run.checkpoints.save_best(state)
+      run.watch.save(state)
+  return state
+
+
+def test(run: Run, state: TrainState) -> dict[str, Any]:
+  """Evaluates the weights of the best epoch on the test images, and writes summary.json."""
+  best_epoch = int(state.best.epoch)
+  run.progress.write(f"Testing the weights of epoch {best_epoch}.")
+  best = run.checkpoints.restore_best(run.template.weights(), best_epoch)
+  summary = {
+    **{f"test_{name}": value for name, value in _evaluate(run, state, best, "test").items()},
+    "best_epoch": best_epoch,
+    "epochs": int(state.epoch),
+    "parameters": count_parameters(state.params),
+    "stopped_early": int(state.epoch) < run.config.epochs,
+    "seconds": sum(row["seconds"] for row in metrics.read(run.folder)),
+  }
+  run.writer.summary(summary)
   return summary
+
+
+def _train_epoch(run: Run, state: TrainState, calls: Iterable[dict]) -> TrainState:
+  before = None
+  for batches in calls:
+    state, sums = run.step(state, batches)
+    if before is not None:  # one call runs and one waits, so that a signal is soon obeyed
+      _require_finite(before)
+    before = sums.loss
+    run.progress.update(len(batches["label"]))
+    run.watch(state)
+  if before is not None:
+    _require_finite(before)
+  return state
+
+
+def _require_finite(losses: jax.Array) -> None:
+  if not np.isfinite(losses).all():
+    raise TrainingFailed(
+      "the loss is no longer a number: training diverged. Try a smaller "
+      "--config.optimizer.learning_rate, in another --workdir."
+    )
+
+
+def _evaluate(run: Run, state: TrainState, weights: Weights, split: str) -> dict[str, float]:
+  """Metrics of the weights on a split; after each batch `run.watch` may save the state and stop."""
+  return evaluate(
+    run.eval_step,
+    weights,
+    run.dataset[split],
+    run.config.batch_size,
+    run.mesh,
+    after_batch=lambda: run.watch(state),
+  )
 
 
 def _make_finish_epoch(config: ConfigDict, mesh: Mesh) -> Callable:
@@ -180,75 +279,8 @@ def _make_finish_epoch(config: ConfigDict, mesh: Mesh) -> Callable:
   return finish_epoch
 
 
-def _train_epoch(
-  state: TrainState,
-  step: Callable,
-  calls: Iterable[dict],
-  progress: Progress,
-  after_call: Callable[[TrainState], None],
-) -> TrainState:
-  before = None
-  for batches in calls:
-    state, sums = step(state, batches)
-    if before is not None:  # one call runs and one waits, so that a signal is soon obeyed
-      _require_finite(before)
-    before = sums.loss
-    progress.update(len(batches["label"]))
-    after_call(state)
-  if before is not None:
-    _require_finite(before)
-  return state
-
-
-def _require_finite(losses: jax.Array) -> None:
-  if not np.isfinite(losses).all():
-    raise TrainingFailed(
-      "the loss is no number any more: training diverged. Try a smaller "
-      "--config.optimizer.learning_rate, in another --workdir."
-    )
-
-
-def _finished(state: TrainState, config: ConfigDict) -> bool:
+def _is_finished(state: TrainState, config: ConfigDict) -> bool:
   epoch = int(state.epoch)
   return epoch == config.epochs or optimizer.should_stop(
     state.best, epoch, config.early_stop_patience
   )
-
-
-def _print_header(
-  config: ConfigDict,
-  info: data.DatasetInfo,
-  dataset: data.Dataset,
-  state: TrainState,
-  mesh: Mesh,
-  microbatch: int,
-  compiled: jax.stages.Compiled,
-) -> None:
-  device = mesh.devices.flat[0]
-  memory = compiled.memory_analysis()
-  needed = (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    + memory.temp_size_in_bytes
-    - memory.alias_size_in_bytes  # the new state lies where the old one was
-  )
-  local_batch = config.batch_size // mesh.size
-  sizes = ", ".join(f"{size:,} {split}" for split, size in info.sizes.items())
-  train = dataset.train
-  streamed = isinstance(train, data.StreamedSplit)
-  place = f"streamed (worker processes: {train.workers})" if streamed else "in memory"
-  processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-  cut = f", parameters cut over {mesh.shape[FSDP]}" if mesh.shape[FSDP] > 1 else ""
-  print(
-    f"model    {config.model.name}, {_count(state.params):,} parameters, {config.dtype}\n"
-    f"data     {info.name}, {info.num_classes} classes, {place}\n"
-    f"images   {sizes}\n"
-    f"devices  {mesh.size} x {device.device_kind}{processes}{cut}\n"
-    f"batch    {config.batch_size} images, {local_batch} on each device, {microbatch} at a time\n"
-    f"memory   {needed / 2**20:,.0f} MiB on each device for a training step",
-    flush=True,
-  )
-
-
-def _count(params: dict) -> int:
-  return sum(x.size for x in jax.tree.leaves(params))

@@ -55,9 +55,9 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
       f"a step needs {memory * devices.size / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
     )
 
-  calls = train_calls(dataset.train, config, devices, range(2**40))  # without end
+  calls = train_calls(dataset["train"], config, devices, range(2**40))  # without end
   try:
-    state = init(*channel_statistics(dataset.train))
+    state = init(*channel_statistics(dataset["train"]))
     first = next(calls)
     state, _ = jax.block_until_ready(step(state, first))
   except jax.errors.JaxRuntimeError as error:
@@ -66,7 +66,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
     raise MemoryError(str(error).splitlines()[0]) from error
   # An epoch's last call may have fewer steps: another program, to be compiled first.
   calls = (call for call in calls if len(call["label"]) == len(first["label"]))
-  split = dataset.train
+  split = dataset["train"]
   return Training(
     config, info, devices, microbatch, step, state, split, calls, compile_seconds, memory
   )

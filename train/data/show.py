@@ -27,7 +27,8 @@ def draw_samples(config: ConfigDict, output: str) -> None:
     raise ValueError(f"--config.model.image_size={size} is no multiple of patch_size={patch}")
   data_config = resolve(config.data)
   dataset = load(data_config, size, splits=("validation",))
-  images, labels = dataset.validation[np.arange(min(32, len(dataset.validation)))]
+  validation = dataset["validation"]
+  images, labels = validation[np.arange(min(32, len(validation)))]
   resized = Image.fromarray(images[0].squeeze()).resize((size, size), Image.Resampling.BILINEAR)
   names = [dataset.class_names[label].replace("_", " ") for label in labels]
 

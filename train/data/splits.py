@@ -91,12 +91,21 @@ class StreamedSplit:
       ) from error
 
 
+AnySplit = Split | StreamedSplit
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
   """A dataset, in memory or streamed; a split that was not asked for is None."""
 
   name: str
   class_names: tuple[str, ...]
-  train: Split | StreamedSplit | None = None
-  validation: Split | StreamedSplit | None = None
-  test: Split | StreamedSplit | None = None
+  train: AnySplit | None = None
+  validation: AnySplit | None = None
+  test: AnySplit | None = None
+
+  def __getitem__(self, split: str) -> AnySplit:
+    """A split by name. Raises KeyError if it was not asked for."""
+    if (found := vars(self)[split]) is None:
+      raise KeyError(f"the split {split!r} of {self.name} was not opened")
+    return found
