@@ -32,23 +32,7 @@ def get_config() -> ConfigDict:
   config.mesh.data = -1
   config.mesh.fsdp = 1
 
-  config.data = ConfigDict()
-  # Any TFDS image classification set; "shapes100" is built in; "folder:PATH" is an image folder,
-  # PATH/{train,test}/CLASS/*.png or *.jpg.
-  config.data.name = "cifar100"
-  config.data.skip_broken = False  # leave out a folder's images that can't be decoded
-  config.data.data_dir = ""  # of TFDS; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
-  config.data.archive = ""  # CIFAR archive on disk to prepare from, instead of a download
-  config.data.fallback = ""  # set to use if `name` is neither prepared nor to be downloaded
-  # Bytes, of all copies on a host, one for each process; what takes more is streamed from disk.
-  # None: a quarter of the memory.
-  config.data.in_memory_bytes = config_dict.placeholder(int)
-  # Processes of Grain that decode what is streamed, for each process of JAX. None: half as many as
-  # cores, 16 on a host at most.
-  config.data.workers = config_dict.placeholder(int)
-  config.data.train_split = "train[:90%]"  # TFDS's notation; the last tenth of "train" validates,
-  config.data.validation_split = "train[90%:]"  # as Keras' validation_split=0.1 has it
-  config.data.test_split = "test"
+  config.data = _data()
 
   config.augment = ConfigDict()
   config.augment.flip = True  # mirror half of the images left to right
@@ -74,6 +58,27 @@ def get_config() -> ConfigDict:
 
   config.checkpoint_seconds = 300.0  # between two checkpoints within an epoch; one ends every epoch
   return config
+
+
+def _data() -> ConfigDict:
+  data = ConfigDict()
+  # Any TFDS image classification set; "shapes100" is built in; "folder:PATH" is an image folder,
+  # PATH/{train,test}/CLASS/*.png or *.jpg.
+  data.name = "cifar100"
+  data.skip_broken = False  # leave out a folder's images that can't be decoded
+  data.data_dir = ""  # of TFDS; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+  data.archive = ""  # CIFAR archive on disk to prepare from, instead of a download
+  data.fallback = ""  # set to use if `name` is neither prepared nor to be downloaded
+  # Bytes, of all copies on a host, one for each process; what takes more is streamed from disk.
+  # None: a quarter of the memory.
+  data.in_memory_bytes = config_dict.placeholder(int)
+  # Processes of Grain that decode what is streamed, for each process of JAX. None: half as many as
+  # cores, 16 on a host at most.
+  data.workers = config_dict.placeholder(int)
+  data.train_split = "train[:90%]"  # TFDS's notation; the last tenth of "train" validates,
+  data.validation_split = "train[90%:]"  # as Keras' validation_split=0.1 has it
+  data.test_split = "test"
+  return data
 
 
 def apply_variant(config: ConfigDict, variant: str | None, variants: dict[str, dict]) -> ConfigDict:

@@ -7,7 +7,7 @@ logits = model.apply({"params": params}, images)
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +23,13 @@ from mlp_models.vit import ViT
 
 __version__ = "0.2.0"
 
-_CLASSES = {"mixer": Mixer, "fnet": FNet, "gmlp": GMLP, "perceiver": Perceiver, "vit": ViT}
+_CLASSES: dict[str, type[nn.Module]] = {
+  "mixer": Mixer,
+  "fnet": FNet,
+  "gmlp": GMLP,
+  "perceiver": Perceiver,
+  "vit": ViT,
+}
 MODELS = tuple(_CLASSES)
 
 
@@ -59,7 +65,7 @@ def create(name: str, **overrides: Any) -> nn.Module:
   return model
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
+def _suggest(word: str, known: Iterable[str]) -> str:
   nearest = difflib.get_close_matches(word, known, n=1)
   return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
 

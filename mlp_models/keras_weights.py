@@ -29,7 +29,7 @@ Shapes = dict[str, tuple[int, ...]]  # by canonical name
 
 # Sizes of the models to compare with. With 49 tokens of 75 values, all axes that differ in meaning
 # differ in length, too.
-_PATCHES = {"image_size": 35, "patch_size": 5}
+_PATCHES: dict[str, Any] = {"image_size": 35, "patch_size": 5}
 _WIDTH, _CLASSES, _LATENTS, _HEADS, _HEAD_DIM = 101, 103, 11, 3, 13
 
 
@@ -83,7 +83,9 @@ def to_params(name: str, weights: Mapping[str, ArrayLike]) -> dict[str, Any]:
     ValueError: an array is missing, is one too many, or has a shape that does not fit the others.
   """
   _check(name, {key: np.shape(w) for key, w in weights.items()})
-  return unflatten_dict({key: jnp.asarray(w, jnp.float32) for key, w in weights.items()}, sep="/")
+  arrays = {key: jnp.asarray(w, jnp.float32) for key, w in weights.items()}
+  params: dict[str, Any] = unflatten_dict(arrays, sep="/")
+  return params
 
 
 def from_params(name: str, params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -22,6 +22,12 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _exact_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
+def _by_platform(*operands: Any, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
+  """One of two functions of the operands, by the platform that is compiled for."""
+  result: Array = jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
+  return result
+
+
 # Dense layers.
 
 
@@ -48,18 +54,19 @@ def _gradient_in_columns(x: Array) -> Array:
 def _in_columns(gradient: Array) -> Array:
   # The kernel times columns instead of rows times the transposed kernel, of which XLA would make a
   # copy. The barrier keeps XLA from turning the product round again.
-  return jax.lax.optimization_barrier(gradient.T).T
+  columns: Array = jax.lax.optimization_barrier(gradient.T)
+  return columns.T
 
 
 _gradient_in_columns.defvjp(
   lambda x: (x, None),
-  lambda _, gradient: (jax.lax.platform_dependent(gradient, cpu=_in_columns, default=lambda g: g),),
+  lambda _, gradient: (_by_platform(gradient, cpu=_in_columns, default=lambda g: g),),
 )
 
 
 def token_dense(kernel_TxS: Array, x_BxTxD: Array) -> Array:
   """einsum("ts,btd->bsd"): a dense layer's product over the tokens."""
-  return jax.lax.platform_dependent(kernel_TxS, x_BxTxD, cpu=_mix_each, default=_mix_all)
+  return _by_platform(kernel_TxS, x_BxTxD, cpu=_mix_each, default=_mix_all)
 
 
 def _mix_each(kernel_TxS: Array, x_BxTxD: Array) -> Array:
@@ -205,7 +212,7 @@ def _sum_last(x: Array) -> Array:
   def product(x: Array) -> Array:
     return _exact_product("...k,kl->...l", x, jnp.ones((x.shape[-1], 1), x.dtype))
 
-  return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x.sum(-1, keepdims=True))
+  return _by_platform(x, cpu=product, default=lambda x: x.sum(-1, keepdims=True))
 
 
 class AttentionWeights(NamedTuple):
@@ -226,12 +233,12 @@ def with_wide_heads(plain: SelfAttention) -> SelfAttention:
   def self_attention(
     x_BxTxD: Array, weights: AttentionWeights, seeds_B: Array | None, rate: float
   ) -> Array:
-    return jax.lax.platform_dependent(
+    return _by_platform(
       x_BxTxD,
       weights,
       seeds_B,
-      cpu=functools.partial(_over_tokens, rate=rate),
-      default=functools.partial(plain, rate=rate),
+      cpu=lambda x, weights, seeds: _over_tokens(x, weights, seeds, rate),
+      default=lambda x, weights, seeds: plain(x, weights, seeds, rate),
     )
 
   return self_attention

@@ -42,7 +42,7 @@ class LayerNorm(nn.Module):
   def __call__(self, x: Array) -> Array:
     scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    y = kernels.standardize(x.astype(jnp.float32)) * scale_D + bias_D
+    y: Array = kernels.standardize(x.astype(jnp.float32)) * scale_D + bias_D
     return y.astype(self.dtype)
 
 
@@ -61,17 +61,18 @@ class TokenDense(nn.Module):
     x_BxTxD, kernel_TxS, bias_S = nn.dtypes.promote_dtype(
       x_BxTxD, kernel_TxS, bias_S, dtype=self.dtype
     )
-    return kernels.token_dense(kernel_TxS, x_BxTxD) + bias_S[:, None]
+    y_BxSxD: Array = kernels.token_dense(kernel_TxS, x_BxTxD) + bias_S[:, None]
+    return y_BxSxD
 
 
 class PositionEmbedding(nn.Module):
   """Adds a learned row to each token: [B, T, D] -> [B, T, D]."""
 
-  init: nn.initializers.Initializer
+  embedding_init: nn.initializers.Initializer
 
   @nn.compact
   def __call__(self, x_BxTxD: Array) -> Array:
-    embedding_TxD = self.param("embedding", self.init, x_BxTxD.shape[1:])
+    embedding_TxD = self.param("embedding", self.embedding_init, x_BxTxD.shape[1:])
     return x_BxTxD + embedding_TxD.astype(x_BxTxD.dtype)
 
 

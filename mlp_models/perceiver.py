@@ -49,7 +49,7 @@ class CrossAttention(nn.Module):
   attention_dropout_rate: float
   dtype: DTypeLike
 
-  def setup(self):
+  def setup(self) -> None:
     width = self.ffn_units[-1]
     self.norm_latents = layers.LayerNorm(dtype=self.dtype)
     self.norm_data = layers.LayerNorm(dtype=self.dtype)

@@ -183,7 +183,7 @@ def _rotate(images: Array, angle: Array) -> Array:
     # Its own "reflect" divides integers for every pixel, channel and corner: on a CPU, augmentation
     # then takes half as long again.
     source = _reflect(source, S)
-    sample = partial(map_coordinates, coordinates=source, order=1, mode="nearest")
+    sample = partial(map_coordinates, coordinates=tuple(source), order=1, mode="nearest")
     return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
 
   return jax.vmap(rotate)(images, angle)

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 import mlp_models
 from train import augment, check, data, flags
@@ -115,7 +116,7 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
     return images.sum()
 
   whole_loss = functools.partial(loss, state=state, model=model, augmentation=augmentation)
-  parts = {  # and a template of what each gives
+  parts: dict[str, tuple[Callable, Any]] = {  # and a template of what each gives
     "augment": (only_augment, jnp.float32(0)),
     "forward": (whole_loss, (jnp.float32(0), state.sums)),
     "backward": (jax.grad(whole_loss, has_aux=True), (state.params, state.sums)),
@@ -129,7 +130,8 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
     return jax.jit(sum_parts, compiler_options=compiler_options(config, devices))
 
   functions = {name: on_the_batch(*part) for name, part in parts.items()}
-  times = {name: [] for name in (*functions, "optimizer", "input")}  # the first one compiles
+  # The first of each compiles.
+  times: dict[str, list[float]] = {name: [] for name in (*functions, "optimizer", "input")}
   for _ in range(repeats + 1):
     for name, function in functions.items():
       began = time.perf_counter()
@@ -154,7 +156,8 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
 
 def waits_for_input(training: Training, calls: int) -> list[float]:
   """Seconds a step that devices stood still for want of images, at most; for each of some calls."""
-  state, sums, waits = training.state, None, []
+  state, waits = training.state, []
+  sums: Any = None
   for _ in range(calls + 2):  # what was there before counts as read ahead, and is used up first
     began, running = time.perf_counter(), sums
     batches = next(training.calls)
@@ -234,7 +237,7 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--seconds", type=float, default=5.0, help="of one repeat")
   if "--all" in sys.argv:
-    arguments, config = parser.parse_args(), None
+    arguments, config = parser.parse_args(), ConfigDict()
     if arguments.json or arguments.phases or arguments.tune or arguments.sweep:
       parser.error("--all measures the defaults, and takes --output, --repeats and --seconds only")
   else:
@@ -253,7 +256,7 @@ def main() -> None:
     if arguments.tune:
       if not (rates := tune(config, repeats, seconds)):
         raise MemoryError("no microbatch fits the memory")
-      print(f"fastest: --config.microbatch={max(rates, key=rates.get)}")
+      print(f"fastest: --config.microbatch={max(rates, key=lambda size: rates[size])}")
     elif arguments.sweep:
       if not sweep_and_draw(config, arguments.sweep, repeats, seconds, arguments.output):
         fail(f"--sweep {arguments.sweep}: no size could be measured", 1)

@@ -28,7 +28,9 @@ def flops_per_image(config: ConfigDict, info: DatasetInfo, recomputed: bool = Fa
   step = make_train_step(config, info.num_classes, config.batch_size, device)
   state = abstract_state(make_init(config, info, device), info)
   lowered = lower_train_step(step, state, config, info, device)
-  return lowered.cost_analysis()["flops"] / config.batch_size
+  costs = lowered.cost_analysis()
+  assert costs is not None
+  return costs["flops"] / config.batch_size
 
 
 def matmul_peak(devices: Mesh, dtype: str) -> float:

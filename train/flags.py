@@ -52,7 +52,7 @@ def _read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
   """All knobs of a config, dotted."""
-  keys = []
+  keys: list[str] = []
   for key in config:
     value = config[key]
     keys += _keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]

@@ -73,8 +73,8 @@ class Run(NamedTuple):
   folder: epath.Path
   mesh: Mesh
   dataset: data.Dataset
-  step: Callable  # (state, batches) -> (next state, Sums of each step)
-  eval_step: Callable  # (weights, batch) -> Sums
+  step: jax.stages.Wrapped  # (state, batches) -> (next state, Sums of each step)
+  eval_step: jax.stages.Wrapped  # (weights, batch) -> Sums
   template: TrainState  # shapes, dtypes and shardings of its state
   checkpoints: Checkpoints
   watch: "Watch"
@@ -213,6 +213,7 @@ def test(run: Run, state: TrainState) -> dict[str, Any]:
   best_epoch = int(state.best.epoch)
   run.progress.write(f"Testing the weights of epoch {best_epoch}.")
   best = run.checkpoints.restore_best(run.template.weights(), best_epoch)
+  assert best is not None  # saved before the state that speaks of it
   summary = {
     **{f"test_{name}": value for name, value in _evaluate(run, state, best, "test").items()},
     "best_epoch": best_epoch,

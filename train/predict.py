@@ -24,6 +24,7 @@ from train.devices.mesh import make_mesh
 from train.errors import WorkdirError, fail
 from train.run.checkpoint import TrainedModel, load_trained_model
 from train.run.workdir import from_flag
+from train.state import apply_model
 
 TOP = 5
 
@@ -44,7 +45,7 @@ def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
     x = augment.preprocess(
       images, mean=weights.mean, variance=weights.variance, image_size=model.image_size
     )
-    return jax.nn.softmax(model.apply({"params": weights.params}, x))
+    return jax.nn.softmax(apply_model(model, weights.params, x))
 
   labels = np.zeros(len(images), np.int32)  # unknown, and not looked at
   size = min(len(images), trained.config.batch_size)
@@ -60,8 +61,8 @@ def read_image(path: str, shape: Sequence[int]) -> np.ndarray:
     Exception: the file is missing, or no image; which one depends on Pillow's decoder.
   """
   height, width, channels = shape
-  with Image.open(path) as image:
-    image = ImageOps.exif_transpose(image)  # upright, as a camera meant it
+  with Image.open(path) as file:
+    image = ImageOps.exif_transpose(file)  # upright, as a camera meant it
     image = image.convert(PIL_MODES[channels])
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(shape)

@@ -87,6 +87,13 @@ def make_model(config: ConfigDict, num_classes: int) -> nn.Module:
   )
 
 
+def apply_model(model: nn.Module, params: dict, images: Array, **options) -> Array:
+  """The logits of `model.apply({"params": params}, images, **options)`."""
+  logits = model.apply({"params": params}, images, **options)
+  assert isinstance(logits, Array)  # and no pair of logits and variables
+  return logits
+
+
 def init_state(
   config: ConfigDict, info: DatasetInfo, mean: np.ndarray, variance: np.ndarray
 ) -> TrainState:
@@ -113,7 +120,7 @@ def init_state(
   )
 
 
-def make_init(config: ConfigDict, info: DatasetInfo, mesh: Mesh) -> Callable:
+def make_init(config: ConfigDict, info: DatasetInfo, mesh: Mesh) -> jax.stages.Wrapped:
   """`init_state` for a run, jitted: (mean, variance) -> the state, laid out on the mesh."""
   init = jax.jit(functools.partial(init_state, config, info))  # traced once for both uses
   shapes = jax.eval_shape(init, *abstract_statistics(info))

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from train import augment
 from train.data.batches import eval_batches, num_batches
-from train.data.splits import DatasetInfo, Split, StreamedSplit
+from train.data.splits import AnySplit, DatasetInfo
 from train.devices.compile import compiler_options, in_background
 from train.devices.mesh import (
   BATCH,
@@ -39,6 +39,7 @@ from train.state import (
   Weights,
   abstract_state,
   abstract_statistics,
+  apply_model,
   make_model,
 )
 
@@ -46,7 +47,9 @@ Array = jax.Array
 Batch = dict[str, Array]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
 
 
-def make_train_step(config: ConfigDict, num_classes: int, microbatch: int, mesh: Mesh) -> Callable:
+def make_train_step(
+  config: ConfigDict, num_classes: int, microbatch: int, mesh: Mesh
+) -> jax.stages.Wrapped:
   """`train_step` for a run, jitted: (state, batches) -> (next state, Sums of each step).
 
   `batches` are the steps of one call, stacked: image [K, B, H, W, C] and so on. One dispatch does
@@ -69,7 +72,7 @@ def make_train_step(config: ConfigDict, num_classes: int, microbatch: int, mesh:
 
 
 def lower_train_step(
-  step: Callable, state: TrainState, config: ConfigDict, info: DatasetInfo, mesh: Mesh
+  step: jax.stages.Wrapped, state: TrainState, config: ConfigDict, info: DatasetInfo, mesh: Mesh
 ) -> jax.stages.Lowered:
   """Lowers what `make_train_step` gave, from the shapes of an epoch's first call alone.
 
@@ -88,7 +91,11 @@ def lower_train_step(
 
 
 def compile_in_background(
-  step: Callable, init: Callable, config: ConfigDict, info: DatasetInfo, mesh: Mesh
+  step: jax.stages.Wrapped,
+  init: jax.stages.Wrapped,
+  config: ConfigDict,
+  info: DatasetInfo,
+  mesh: Mesh,
 ) -> Future[tuple[jax.stages.Compiled, float]]:
   """Compiles what `make_train_step` and `make_init` gave; later calls reuse the result.
 
@@ -109,7 +116,7 @@ def compile_in_background(
   return in_background(compile_both)
 
 
-def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> Callable:
+def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> jax.stages.Wrapped:
   """`eval_step` for a model and a mesh, jitted: (weights, batch) -> Sums."""
   return jax.jit(functools.partial(eval_step, model=model, microbatch=microbatch, mesh=mesh))
 
@@ -180,8 +187,8 @@ def loss(
     image_size=model.image_size,
     **augmentation,
   )
-  logits = model.apply(
-    {"params": params}, images, train=True, positions=positions, rngs={"dropout": dropout_key}
+  logits = apply_model(
+    model, params, images, train=True, positions=positions, rngs={"dropout": dropout_key}
   )
   sums = sum_metrics(logits, examples["label"], examples["mask"])
   return sums.loss, sums
@@ -205,7 +212,7 @@ def eval_step(
       variance=weights.variance,
       image_size=model.image_size,
     )
-    logits = model.apply({"params": params}, images)
+    logits = apply_model(model, params, images)
     return sum_metrics(logits, examples["label"], examples["mask"])
 
   return sum_over_batch(forward, Sums.zero(), weights.params, batch, microbatch, mesh)
@@ -214,7 +221,7 @@ def eval_step(
 def evaluate(
   step: Callable,
   weights: Weights,
-  split: Split | StreamedSplit,
+  split: AnySplit,
   batch_size: int,
   mesh: Mesh,
   after_batch: Callable[[], None] = lambda: None,
@@ -304,4 +311,4 @@ def _sum_over_devices(tree: Any, mesh: Mesh) -> Any:
   ]
   parts = jax.lax.psum(parts, DATA)
   whole, parts = iter(whole), iter(parts)
-  return structure.unflatten([next(whole if axis is None else parts) for axis in axes])
+  return jax.tree.unflatten(structure, [next(whole if axis is None else parts) for axis in axes])

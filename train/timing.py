@@ -1,7 +1,7 @@
 """Times steps as training does them, with input, augmentation, dropout and optimizer."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -24,10 +24,10 @@ class Training(NamedTuple):
   info: data.DatasetInfo
   mesh: Mesh
   microbatch: int
-  step: Callable
+  step: jax.stages.Wrapped
   state: TrainState
-  split: data.Split | data.StreamedSplit  # that it trains on
-  calls: Iterator[dict]  # what `step` takes, on the mesh, without end
+  split: data.AnySplit  # that it trains on
+  calls: Generator[dict]  # what `step` takes, on the mesh, without end
   compile_seconds: float
   memory: int  # bytes that the compiler plans for a device's temporaries
 
@@ -48,7 +48,8 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   compiling = compile_in_background(step, init, config, info, devices)
   dataset = dataset or load(config)
   compiled, compile_seconds = compiling.result()
-  memory = compiled.memory_analysis().temp_size_in_bytes
+  analysis = compiled.memory_analysis()  # None where the compiler does not tell
+  memory = analysis.temp_size_in_bytes if analysis else 0
   available = psutil.virtual_memory().available
   if devices.devices.flat[0].platform == "cpu" and memory * devices.size > available:
     raise MemoryError(

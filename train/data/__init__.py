@@ -15,12 +15,13 @@ from ml_collections import ConfigDict
 
 from train.data import prepared
 from train.data.folder import ALONE, Processes, open_folder
-from train.data.splits import Dataset, DatasetInfo, Split, StreamedSplit
+from train.data.splits import AnySplit, Dataset, DatasetInfo, Split, StreamedSplit
 from train.devices.machine import cores, memory_limit
 from train.errors import DataError, UnreachableError
 
 __all__ = [
   "SPLITS",
+  "AnySplit",
   "Dataset",
   "DatasetInfo",
   "Processes",
@@ -165,16 +166,17 @@ def load(
   source = _open(data_config)
   shape = info.shape_in_memory(image_size)
   workers = data_config.workers or max(1, min(cores() // 2, _MAX_WORKERS // sharers))
-  opened = {
+  streamed = {
     split: StreamedSplit(source.records(data_config[f"{split}_split"]), shape, workers)
     for split in splits
   }
-  needed = sum(map(len, opened.values())) * int(np.prod(shape))
+  needed = sum(map(len, streamed.values())) * int(np.prod(shape))
   limit = data_config.in_memory_bytes
   limit = memory_limit() // 4 if limit is None else limit
   if needed * sharers <= min(limit, psutil.virtual_memory().available):
-    opened = {name: _read(split) for name, split in opened.items()}
-  return Dataset(info.name, info.class_names, **opened)
+    in_memory = {name: _read(split) for name, split in streamed.items()}
+    return Dataset(info.name, info.class_names, **in_memory)
+  return Dataset(info.name, info.class_names, **streamed)
 
 
 def _read(streamed: StreamedSplit) -> Split:

@@ -14,7 +14,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 
 import absl.flags
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
-from train.data.splits import Split, StreamedSplit
+from train.data.splits import AnySplit, StreamedSplit
 from train.devices.mesh import by_example
 from train.interrupt import SIGNALS
 
@@ -50,7 +50,7 @@ def _order(size: int, seed: int | None, epoch: int) -> np.ndarray:
 class _Batches:
   """Batches by number, as Grain reads a source."""
 
-  split: Split | StreamedSplit
+  split: AnySplit
   batch_size: int
   seed: int | None
   numbers: range
@@ -70,7 +70,7 @@ class _Batches:
 
 
 def batches(
-  split: Split | StreamedSplit,
+  split: AnySplit,
   batch_size: int,
   *,
   seed: int | None = None,
@@ -142,8 +142,8 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def train_calls(
-  split: Split | StreamedSplit, config: ConfigDict, mesh: Mesh, steps: range
-) -> Iterator[dict[str, jax.Array]]:
+  split: AnySplit, config: ConfigDict, mesh: Mesh, steps: range
+) -> Generator[dict[str, jax.Array]]:
   """What `step.make_train_step`'s function takes for some steps, counted over all epochs.
 
   A call's steps are all of one epoch: its last call may have fewer than `config.steps_per_call`.
@@ -164,9 +164,7 @@ def train_calls(
   return prefetch(stack(iterator, sizes()), by_example(mesh, axis=1))
 
 
-def eval_batches(
-  split: Split | StreamedSplit, batch_size: int, mesh: Mesh
-) -> Iterator[dict[str, jax.Array]]:
+def eval_batches(split: AnySplit, batch_size: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
   """What `step.make_eval_step`'s function takes: every image of the split once."""
   iterator = batches(split, batch_size, rows=own_rows(mesh, batch_size))
   return prefetch(iterator, by_example(mesh))
@@ -182,13 +180,13 @@ def stack(iterator: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
 
 def prefetch(
   iterator: Iterator[Batch], sharding: Sharding, size: int = 2
-) -> Iterator[dict[str, jax.Array]]:
+) -> Generator[dict[str, jax.Array]]:
   """Puts batches on the mesh ahead of their use, at most `size` at a time; keeps their order.
 
   Each process gives its own rows. Copies are asynchronous: while a step computes, the next batches
   are on their way.
   """
-  ahead = collections.deque()
+  ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
   for batch in iterator:
     ahead.append(
       {key: jax.make_array_from_process_local_data(sharding, x) for key, x in batch.items()}

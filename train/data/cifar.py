@@ -8,6 +8,7 @@ Python and encoded with Pillow.
 import tarfile
 
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.image_classification import cifar
@@ -15,7 +16,7 @@ from tensorflow_datasets.image_classification import cifar
 _PIXELS = 3 * 32 * 32  # bytes of an image: a plane each of red, green and blue
 
 
-class _WithoutTensorFlow:
+class _WithoutTensorFlow(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Reads the binary archive: after the label bytes of an image come its pixels, plane by plane."""
 
   archive = ""  # path of the archive on disk; "": TFDS downloads it and verifies its checksum
@@ -31,7 +32,7 @@ class _WithoutTensorFlow:
     archive = self.archive or dl_manager.download(layout.url)
     names = (*layout.train_files, *layout.test_files, *layout.label_files)
     with tarfile.open(archive, "r:gz") as tar:
-      files = {name: tar.extractfile(layout.prefix + name).read() for name in names}
+      files = {name: _read(tar, layout.prefix + name) for name in names}
     for key, name in zip(layout.label_keys, layout.label_files, strict=True):
       self.info.features[key].names = files[name].decode().split()
     return {
@@ -53,6 +54,13 @@ class _WithoutTensorFlow:
           **dict(zip(label_keys, labels.tolist(), strict=True)),
         },
       )
+
+
+def _read(tar: tarfile.TarFile, name: str) -> bytes:
+  file = tar.extractfile(name)
+  if file is None:
+    raise ValueError(f"{name} is no file")
+  return file.read()
 
 
 # Not registered with TFDS, which knows its own classes under these names.

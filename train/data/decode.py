@@ -22,5 +22,6 @@ def decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
   if channels == 4:  # unchanged by OpenCV, so still grey, colour or colour with alpha
     image = cv2.cvtColor(image, _TO_RGBA[image.shape[2] if image.ndim == 3 else 1])
   if image.shape[:2] != (height, width):
-    image = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-  return np.asarray(image).reshape(shape)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    image = np.asarray(resized)
+  return image.reshape(shape)

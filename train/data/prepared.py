@@ -96,7 +96,7 @@ class Records:
 
   def file(self, row: int) -> str:
     """The file that holds a record."""
-    return self._files[np.searchsorted(self._ends, row, side="right")].filename
+    return self._files[int(np.searchsorted(self._ends, row, side="right"))].filename
 
 
 def open_prepared(data_config: ConfigDict) -> TfdsSet:
@@ -147,8 +147,8 @@ def _class_names(builder):
   path = Path(label.get_names_filepath(builder.data_path, "label"))
   if not path.exists():
     return tuple(label.names)
-  names = path.read_text(errors="replace").split("\n")
-  names = tuple(name.strip() for name in names if name.strip())
+  lines = path.read_text(errors="replace").split("\n")
+  names = tuple(line.strip() for line in lines if line.strip())
   if len(set(names)) != label.num_classes:
     raise DataError(
       f"{path} is damaged: {len(set(names))} names for {label.num_classes} classes. "

@@ -33,7 +33,7 @@ def draw_samples(config: ConfigDict, output: str) -> None:
   names = [dataset.class_names[label].replace("_", " ") for label in labels]
 
   figure = plt.figure(figsize=(15, 5.6), layout="constrained")
-  left, right = figure.subfigures(1, 2, width_ratios=(9, 6))
+  left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(9, 6)))
   height, width, _ = images.shape[1:]
   left.suptitle(f"{dataset.name}: validation images, {height}x{width} pixels")
   for axes, image, name in zip(left.subplots(4, 8).flat, images, names, strict=False):

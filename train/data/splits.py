@@ -51,7 +51,7 @@ class Records(Protocol):
 
   def __len__(self) -> int: ...
 
-  def read(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
+  def read(self, rows: Sequence[int] | np.ndarray) -> list[tuple[bytes, int]]:
     """PNGs or JPEGs as they are on disk, and labels."""
 
   def file(self, row: int) -> str:
@@ -76,7 +76,7 @@ class StreamedSplit:
     self.read(rows, images, labels)
     return images, labels
 
-  def read(self, rows: Sequence[int], images: np.ndarray, labels: np.ndarray) -> None:
+  def read(self, rows: Sequence[int] | np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
     """Puts some rows in arrays that are there. Raises DataError if one can't be read."""
     try:
       for i, (encoded, label) in enumerate(self.records.read(rows)):

@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
-from train.data.splits import Split, StreamedSplit
+from train.data.splits import AnySplit
 from train.devices.machine import cores
 
 _BYTES_AT_A_TIME = 2**22  # of images that a thread holds; OpenCV counts pixels in 32 bits
 
 
-def channel_statistics(split: Split | StreamedSplit) -> tuple[np.ndarray, np.ndarray]:
+def channel_statistics(split: AnySplit) -> tuple[np.ndarray, np.ndarray]:
   """Mean and variance of each channel of a split's images, in pixel units: float32 [C] each.
 
   Of many images, 65,536 evenly spaced ones stand for all.

@@ -39,7 +39,7 @@ def start_jax(config: ConfigDict) -> None:
   _use_every_core(config.batch_size)
   _keep_freed_memory()
   set_xla_flags()
-  if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
+  if config.compilation_cache and not getattr(jax.config, "jax_compilation_cache_dir", None):
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlp_models"
     jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -66,7 +66,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     yield
   except SystemExit as end:
     if not isinstance(end.__context__, Interrupted):  # which all processes have agreed on
-      _leave(end.code)
+      _leave(end.code if isinstance(end.code, int) else 1)
     raise
   except Exception:
     traceback.print_exc()
@@ -75,20 +75,19 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
 
 def _connect(coordinator: str | None, process_id: int | None, processes: int | None) -> None:
   """Joins the other processes, before anything starts JAX's backend; there may be none."""
-  given = [coordinator, process_id, processes]
-  if processes == 1 and given[:2] == [None, None]:
+  if processes == 1 and coordinator is None and process_id is None:
     return
-  is_told = given != [None] * 3
-  if is_told and None in given:
-    fail("--coordinator, --process_id and --processes go together: give all three", 2)
-  if is_told and (":" not in coordinator or not 0 <= process_id < processes):
-    fail(
-      f"--coordinator {coordinator} --process_id {process_id} --processes {processes}: "
-      "HOST:PORT is needed, and a process_id from 0 to processes - 1",
-      2,
-    )
-  who = "--coordinator and its two flags help where a cluster is not found out"
+  is_told = (coordinator, process_id, processes) != (None, None, None)
+  who = "--coordinator and its two flags help where no cluster is detected"
   if is_told:
+    if coordinator is None or process_id is None or processes is None:
+      fail("--coordinator, --process_id and --processes go together: give all three", 2)
+    if ":" not in coordinator or not 0 <= process_id < processes:
+      fail(
+        f"--coordinator {coordinator} --process_id {process_id} --processes {processes}: "
+        "HOST:PORT is needed, and a process_id from 0 to processes - 1",
+        2,
+      )
     who = f"--coordinator {coordinator}, --process_id {process_id} of {processes}"
   # JAX would take SIGTERM for itself.
   jax.config.update("jax_enable_preemption_service", False)

@@ -28,7 +28,7 @@ def draw_curves(rows: list[dict[str, Any]], path: str | os.PathLike, title: str 
   figure = Figure(figsize=(12, 3.8), dpi=120, layout="constrained")
   FigureCanvasAgg(figure)
   loss, accuracy, learning_rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-  marker = dict(marker="o", markersize=3.5) if len(rows) <= 30 else {}
+  marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(rows) <= 30 else {}
 
   def plot(axes: Axes, key: str, label: str, **style) -> None:
     axes.plot(epochs, column[key], label=label, linewidth=1.8, **marker, **style)

@@ -25,13 +25,15 @@ def format_header(
     compiled: the train step.
   """
   device = mesh.devices.flat[0]
-  memory = compiled.memory_analysis()
-  needed = (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    + memory.temp_size_in_bytes
-    - memory.alias_size_in_bytes  # the new state lies where the old one was
-  )
+  needed = "unknown"
+  if memory := compiled.memory_analysis():  # None where the compiler does not tell
+    size = (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      + memory.temp_size_in_bytes
+      - memory.alias_size_in_bytes  # the new state lies where the old one was
+    )
+    needed = f"{size / 2**20:,.0f} MiB"
   local_batch = config.batch_size // mesh.size
   sizes = ", ".join(f"{size:,} {split}" for split, size in info.sizes.items())
   images, place = dataset["train"], "in memory"
@@ -45,5 +47,5 @@ def format_header(
     f"images   {sizes}\n"
     f"devices  {mesh.size} x {device.device_kind}{processes}{cut}\n"
     f"batch    {config.batch_size} images, {local_batch} on each device, {microbatch} at a time\n"
-    f"memory   {needed / 2**20:,.0f} MiB on each device for a training step"
+    f"memory   {needed} on each device for a training step"
   )

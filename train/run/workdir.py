@@ -6,6 +6,7 @@ A workdir is a folder, or anything else that etils.epath knows: gs://BUCKET/...,
 import argparse
 import dataclasses
 import json
+from typing import Any
 
 import fsspec
 import jax
@@ -125,7 +126,7 @@ def _differences(old: dict, new: dict) -> list[str]:
 
 def _flat(tree: dict, prefix: str = "") -> dict:
   """Nested dicts -> one dict with dotted keys."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in tree.items():
     flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
   return flat

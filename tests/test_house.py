@@ -1,0 +1,63 @@
+"""The measures of the house: how long files and functions are, and how imports run."""
+
+import ast
+import functools
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CODE = ("configs", "mlp_models", "train", "launch", "benchmarks")
+FILES = sorted(
+  path.relative_to(ROOT)
+  for folder in (*CODE, "tests")
+  for path in (ROOT / folder).rglob("*")
+  if path.suffix in (".py", ".sh", ".sbatch", ".yaml")
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_is_read_in_one_sitting(path):
+  lines = (ROOT / path).read_text().splitlines()
+  assert len(lines) <= (400 if path.parts[0] == "tests" else 350)
+
+
+def test_a_function_fits_on_a_screen():
+  for path in FILES:
+    if path.suffix == ".py" and path.parts[0] != "tests":
+      for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.FunctionDef):
+          assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_vit_is_understood_in_three_files_and_300_lines():
+  files = [ROOT / "mlp_models" / name for name in ("vit.py", "attention.py", "layers.py")]
+  assert sum(len(path.read_text().splitlines()) for path in files) <= 300
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+  """The modules that each module imports, late imports included."""
+  graph = grimp.build_graph("configs", "launch", "mlp_models", "train")
+  return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+
+
+def floors(module: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
+  """The longest chain of imports from a module down."""
+  assert module not in above, f"a circle: {' -> '.join((*above, module))}"
+  chains = [floors(other, (*above, module)) for other in imports()[module]]
+  return (module, *max(chains, key=len, default=()))
+
+
+def test_imports_make_no_circle_and_train_has_at_most_eight_floors():
+  for module in imports():
+    chain = [m for m in floors(module) if m.startswith("train")]
+    assert len(chain) <= 8, " -> ".join(chain)
+
+
+def test_the_house_measure_finds_a_circle(monkeypatch):
+  circle = {"a": {"b"}, "b": {"a"}}
+  monkeypatch.setitem(globals(), "imports", lambda: circle)
+  with pytest.raises(AssertionError, match="a circle: a -> b -> a"):
+    floors("a")
