@@ -32,48 +32,50 @@ def get_config(variant=None):
   config.plateau.factor = 0.2
   config.plateau.patience = 3
   config.early_stop_patience = 15
-  small = {
-    "model.patch_size": 4,
-    "model.width": 128,
-    "model.num_latents": 32,
-    "model.num_heads": 2,
-    "model.num_blocks": 2,
-    "model.ffn_units": (128, 128),
-    # At 1e-3 these sizes fall back to chance in their second epoch; built with Keras' layers they
-    # get no further than 2 % top-1 in the first.
-    "optimizer.learning_rate": 3e-4,
-  }
-  smoke = {
-    "model.image_size": 32,
-    "model.patch_size": 4,
-    "model.width": 32,
-    "model.num_latents": 16,
-    "model.num_heads": 2,
-    "model.num_blocks": 2,
-    "model.ffn_units": (32, 32),
-  }
-  # The sizes of the paper's section 4.1, and what DeepMind's code has beside them
-  # (github.com/google-deepmind/deepmind-research, perceiver/train/experiment.py). The recipe is
-  # ours, and untried.
-  imagenet = {
-    "data.name": "imagenet2012",
-    "data.train_split": "train[:99%]",
-    "data.validation_split": "train[99%:]",
-    "data.test_split": "validation",  # ImageNet's labels of "test" are not public
-    "epochs": 120,
-    "batch_size": 1024,
-    "dtype": "bfloat16",
-    "microbatch": 4,  # keys and values of an image alone are 0.2 GB
-    "model.image_size": 224,
-    "model.patch_size": 1,  # 50,176 tokens
-    "model.width": 1024,
-    "model.num_latents": 512,
-    "model.num_heads": 1,  # as wide as the model; the paper's 8 are an eighth of that
-    "model.num_blocks": 6,
-    "model.num_iterations": 8,
-    "model.ffn_units": (1024, 1024),
-    "model.attention_dropout_rate": 0.0,
-    "model.dropout_rate": 0.0,
-  }
-  variants = {"small": small, "smoke": default.SMOKE | smoke, "imagenet": imagenet}
+  variants = {"small": SMALL, "smoke": default.SMOKE | SMOKE, "imagenet": IMAGENET}
   return default.apply_variant(config, variant, variants)
+
+
+SMALL = {
+  "model.patch_size": 4,
+  "model.width": 128,
+  "model.num_latents": 32,
+  "model.num_heads": 2,
+  "model.num_blocks": 2,
+  "model.ffn_units": (128, 128),
+  # At 1e-3 these sizes fall back to chance in their second epoch; built with Keras' layers they
+  # get no further than 2 % top-1 in the first.
+  "optimizer.learning_rate": 3e-4,
+}
+SMOKE = {
+  "model.image_size": 32,
+  "model.patch_size": 4,
+  "model.width": 32,
+  "model.num_latents": 16,
+  "model.num_heads": 2,
+  "model.num_blocks": 2,
+  "model.ffn_units": (32, 32),
+}
+# The sizes of the paper's section 4.1, and what DeepMind's code has beside them
+# (github.com/google-deepmind/deepmind-research, perceiver/train/experiment.py). The recipe is
+# ours, and untried.
+IMAGENET = {
+  "data.name": "imagenet2012",
+  "data.train_split": "train[:99%]",
+  "data.validation_split": "train[99%:]",
+  "data.test_split": "validation",  # ImageNet's labels of "test" are not public
+  "epochs": 120,
+  "batch_size": 1024,
+  "dtype": "bfloat16",
+  "microbatch": 4,  # keys and values of an image alone are 0.2 GB
+  "model.image_size": 224,
+  "model.patch_size": 1,  # 50,176 tokens
+  "model.width": 1024,
+  "model.num_latents": 512,
+  "model.num_heads": 1,  # as wide as the model; the paper's 8 are an eighth of that
+  "model.num_blocks": 6,
+  "model.num_iterations": 8,
+  "model.ffn_units": (1024, 1024),
+  "model.attention_dropout_rate": 0.0,
+  "model.dropout_rate": 0.0,
+}

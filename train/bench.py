@@ -97,9 +97,33 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
   `input` is what the host takes for a batch; in training it does so while a step runs, and
   `waited` is what a step has waited for it nevertheless.
   """
-  config, devices, microbatch = training.config, training.mesh, training.microbatch
   state = training.state
   batches = next(training.calls)
+  functions = _parts_of_a_step(training)
+  whole = (*functions, "optimizer")
+  times: dict[str, list[float]] = {name: [] for name in (*whole, "input")}
+  for _ in range(repeats + 1):  # the first one compiles
+    for name, function in functions.items():
+      began = time.perf_counter()
+      jax.block_until_ready(function(state.params, batches))
+      times[name].append(time.perf_counter() - began)
+    # A copy, because the step uses up the state that it gets.
+    copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+    began = time.perf_counter()
+    jax.block_until_ready(training.step(copy, batches))
+    times["optimizer"].append((time.perf_counter() - began) / len(batches["label"]))
+    began = time.perf_counter()
+    next(training.calls)
+    times["input"].append((time.perf_counter() - began) / len(batches["label"]))
+  medians = {name: 1e3 * statistics.median(seconds[1:]) for name, seconds in times.items()}
+  each = np.diff([medians[name] for name in whole], prepend=0.0).tolist()
+  waited = 1e3 * statistics.median(waits_for_input(training._replace(state=state), repeats))
+  return dict(zip(whole, each, strict=True)) | {"input": medians["input"], "waited": waited}
+
+
+def _parts_of_a_step(training: Training) -> dict[str, Callable]:
+  """Functions of (params, batches) that each do a step up to the end of a phase."""
+  config, devices, state = training.config, training.mesh, training.state
   model = make_model(config, training.info.num_classes)
   augmentation = config.augment.to_dict()
 
@@ -125,33 +149,11 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
   def on_the_batch(part: Callable, template: Any) -> Callable:
     def sum_parts(params, batches):
       batch = jax.tree.map(lambda x: x[0], batches)
-      return sum_over_batch(part, template, params, batch, microbatch, devices)
+      return sum_over_batch(part, template, params, batch, training.microbatch, devices)
 
     return jax.jit(sum_parts, compiler_options=compiler_options(config, devices))
 
-  functions = {name: on_the_batch(*part) for name, part in parts.items()}
-  # The first of each compiles.
-  times: dict[str, list[float]] = {name: [] for name in (*functions, "optimizer", "input")}
-  for _ in range(repeats + 1):
-    for name, function in functions.items():
-      began = time.perf_counter()
-      jax.block_until_ready(function(state.params, batches))
-      times[name].append(time.perf_counter() - began)
-    # The state of before: the step takes it for its own.
-    copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
-    began = time.perf_counter()
-    jax.block_until_ready(training.step(copy, batches))
-    times["optimizer"].append((time.perf_counter() - began) / len(batches["label"]))
-    began = time.perf_counter()
-    next(training.calls)
-    times["input"].append((time.perf_counter() - began) / len(batches["label"]))
-  medians = {name: 1e3 * statistics.median(seconds[1:]) for name, seconds in times.items()}
-  result, before = {}, 0.0
-  for name in (*functions, "optimizer"):
-    result[name] = medians[name] - before
-    before = medians[name]
-  waited = waits_for_input(training._replace(state=state), repeats)
-  return result | {"input": medians["input"], "waited": 1e3 * statistics.median(waited)}
+  return {name: on_the_batch(*part) for name, part in parts.items()}
 
 
 def waits_for_input(training: Training, calls: int) -> list[float]:
