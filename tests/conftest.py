@@ -43,9 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   required = os.environ.get("REQUIRE", "").split()
   for item in items:
     for mark in item.iter_markers("needs"):
-      is_here, reason = NEEDS[mark.args[0]]
-      if not is_here and mark.args[0] in required:
-        raise pytest.UsageError(f"REQUIRE={mark.args[0]}: {reason}")
+      what = mark.kwargs["what"]
+      is_here, reason = NEEDS[what]
+      if not is_here and what in required:
+        raise pytest.UsageError(f"REQUIRE={what}: {reason}")
       if not is_here:
         item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -1,7 +1,7 @@
 """What some tests need beside the clone: the only reasons for which a test is skipped.
 
-A test says so with `@pytest.mark.needs("cifar100")`. conftest.py looks once, before any test runs,
-and fails a test that skips itself. REQUIRE="cifar100 keras" makes a lack an error.
+A test says so with `@pytest.mark.needs(what="cifar100")`. conftest.py looks before any test runs,
+and fails a test that skips itself. REQUIRE="cifar100 keras" turns a missing need into an error.
 """
 
 import importlib.util

@@ -99,7 +99,7 @@ def test_tune_tries_the_powers_of_two_in_a_devices_share(smoke_config):
 
 
 @pytest.mark.slow
-@pytest.mark.needs("cifar100")
+@pytest.mark.needs(what="cifar100")
 def test_all_makes_a_table_of_the_default_configs(tmp_path):
   command = [sys.executable, "-m", "train.bench", "--all", "--output", tmp_path]
   command += ["--repeats", "1", "--seconds", "0.1"]

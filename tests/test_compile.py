@@ -51,7 +51,7 @@ def test_compiled_programs_are_kept_in_the_users_cache_unless_told_where(tmp_pat
   assert start_jax(folder, **environment) == "/elsewhere"
 
 
-@pytest.mark.needs("glibc")
+@pytest.mark.needs(what="glibc")
 def test_freed_memory_is_kept():
   statements = """
 import resource
@@ -102,7 +102,7 @@ def test_libtpu_is_tried_only_where_a_tpu_may_be(tmp_path):
   assert devices(tmp_path, JAX_PLATFORMS="cpu") == ["cpu"]
 
 
-@pytest.mark.needs("libtpu")
+@pytest.mark.needs(what="libtpu")
 def test_commands_are_silent_with_libtpu_and_no_tpu(tmp_path):
   process = subprocess.run(
     [sys.executable, "-m", "train.predict", "--workdir", tmp_path, "x.png"],

@@ -84,7 +84,7 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
 # Splits -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("cifar100")
+@pytest.mark.needs(what="cifar100")
 def test_cifar100_has_its_published_sizes_and_channel_means(cifar100):
   assert cifar100.train.images.shape == (45_000, 32, 32, 3)
   assert cifar100.validation.images.shape == (5_000, 32, 32, 3)
@@ -99,7 +99,7 @@ def test_cifar100_has_its_published_sizes_and_channel_means(cifar100):
   assert cifar100.class_names[:3] == ("apple", "aquarium_fish", "baby")
 
 
-@pytest.mark.needs("cifar100")
+@pytest.mark.needs(what="cifar100")
 def test_train_and_validation_are_the_first_and_last_rows_on_disk(cifar100):
   builder = tfds.builder("cifar100", data_dir=CIFAR100_DIR)
   source = builder.as_data_source("train")

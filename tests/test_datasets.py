@@ -140,7 +140,7 @@ def test_cifar10_from_an_archive_on_disk(tmp_path, monkeypatch):
   assert len(dataset.train) + len(dataset.validation) == 50
 
 
-@pytest.mark.needs("cifar100")
+@pytest.mark.needs(what="cifar100")
 def test_real_cifar100_survives_the_way_through_an_archive(tmp_path, monkeypatch):
   """The real test split, packed as published, prepared from there: the same images a class."""
   source = tfds.builder("cifar100", data_dir=CIFAR100_DIR).as_data_source("test")

@@ -52,7 +52,7 @@ def test_bad_flag_is_one_line(flag, message, status, monkeypatch, capsys, tmp_pa
     pytest.param(
       "gs://bucket/run",
       "Please install gcsfs to access Google Storage. For gs://: pip install -c constraints.txt -e",
-      marks=pytest.mark.needs("no gcsfs"),
+      marks=pytest.mark.needs(what="no gcsfs"),
     ),
   ],
 )

@@ -20,10 +20,10 @@ import mlp_models
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-pytestmark = pytest.mark.needs("keras")
+pytestmark = pytest.mark.needs(what="keras")
 
 
-@pytest.mark.needs("cifar100")
+@pytest.mark.needs(what="cifar100")
 def test_both_are_timed_by_turns():
   command = [sys.executable, BENCHMARKS / "compare_keras.py", "--models", "mixer", "--json"]
   output = subprocess.check_output(

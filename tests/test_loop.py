@@ -73,7 +73,7 @@ def test_folder_that_holds_something_else_is_refused(smoke_config, tmp_path):
   assert (tmp_path / "thesis.tex").read_text() == "draft"
 
 
-@pytest.mark.needs("cifar100")
+@pytest.mark.needs(what="cifar100")
 def test_loss_falls_on_real_images(smoke_config, tmp_path):
   config = smoke_config(epochs=8, optimizer__learning_rate=3e-3)
   config.data.name, config.data.data_dir = "cifar100", str(CIFAR100_DIR)

@@ -15,7 +15,7 @@ from train.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[1]
 
-needs_libtpu = pytest.mark.needs("libtpu")
+needs_libtpu = pytest.mark.needs(what="libtpu")
 
 
 def run_plan(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
