@@ -1,34 +1,35 @@
-"""What the devices of a compiled program send each other, read from XLA's text of it.
+"""Counts what the devices of a compiled program send each other, from the program's text.
 
 for row in collectives.count(compiled.as_text()):
   print(row.kind, row.group_size, row.count, row.operand_bytes, row.wire_bytes)
 """
 
 import collections
+import dataclasses
 import math
 import re
-from typing import NamedTuple
 
 from launch import hlo
 
 
-class Collective(NamedTuple):
-  """All operations of one kind among groups of one size; bytes are of one device."""
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """All collectives of one kind and group size; bytes are those of one device."""
 
-  kind: str  # as XLA has it: "all-reduce", "all-gather", "reduce-scatter", ...
-  group_size: int  # devices that take part in one operation
-  count: int  # operations; one may send many arrays
-  operand_bytes: int  # of the arrays that the device puts in
-  wire_bytes: float  # that the device sends, on a ring
+  kind: str  # XLA's name: "all-reduce", "all-gather", "reduce-scatter", ...
+  group_size: int  # devices in one operation
+  count: int  # operations; one may send several arrays
+  operand_bytes: int  # size of the operands
+  wire_bytes: float  # sent by the device, if the group is a ring
 
 
-# Bytes that a device of a group of n sends for each byte it puts in. The first three are a ring's:
-# none sends less (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
-# workstations", 2009).
+# Bytes that a device sends per byte of its operand, in a group of n. The first three are those of a
+# ring, which sends the least possible (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms
+# for clusters of workstations", 2009).
 _SENT = {
   "all-reduce": lambda n: 2 * (n - 1) / n,
   "reduce-scatter": lambda n: (n - 1) / n,
-  "all-gather": lambda n: n - 1,  # a device puts in the n-th part of what it gets
+  "all-gather": lambda n: n - 1,  # the operand is 1/n of the result
   "all-to-all": lambda n: (n - 1) / n,
   "ragged-all-to-all": lambda n: (n - 1) / n,
   "collective-permute": lambda n: 1,
@@ -37,21 +38,21 @@ _SENT = {
 
 
 def count(text: str) -> list[Collective]:
-  """The collectives of a compiled program, by kind and size of group.
+  """Counts the collectives of a compiled program, by kind and group size.
 
-  Counted are logical sizes, without a TPU's padding. What lies in a loop counts once: in a train
-  step that is once a step, as gradients are summed after the loop over microbatches. Groups of one
-  device send nothing, and are left out.
+  Sizes are logical, without a TPU's padding. A collective in a loop counts once: a train step sums
+  its gradients after the loop over microbatches. Groups of one device send nothing, and are left
+  out.
 
   Args:
-    text: of a `jax.stages.Compiled`, as `as_text()` gives it.
+    text: `as_text()` of a `jax.stages.Compiled`.
   Returns:
-    Rows, sorted by kind and size of group.
+    One row per kind and group size, sorted by both.
   Raises:
-    ValueError: groups are written in a way that is not known here.
+    ValueError: `replica_groups` has an unknown form.
   """
   program = hlo.parse(text)
-  totals = collections.defaultdict(lambda: [0, 0])
+  totals: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0, 0])
   seen = set()
   for instructions in program.computations.values():
     by_name = {x.name: x for x in instructions}
@@ -59,12 +60,12 @@ def count(text: str) -> list[Collective]:
       kind = instruction.opcode.removesuffix("-start")
       if kind not in _SENT:
         continue
-      # A TPU splits a collective over several fusions that run meanwhile, and writes it in each.
+      # A TPU may overlap a collective with several fusions; each of them lists it.
       if chain := re.search(r'chain_id="(\d+)"', instruction.attributes):
         if (kind, chain[1]) in seen:
           continue
         seen.add((kind, chain[1]))
-      # A TPU writes a reduce-scatter also as a fusion that cuts its part out of an all-reduce.
+      # A TPU may write a reduce-scatter as an all-reduce and a slice of it, in one fusion.
       root = instructions[-1]
       if root.opcode == "dynamic-slice" and instruction.name in root.operands:
         kind = kind.replace("all-reduce", "reduce-scatter")
@@ -80,21 +81,21 @@ def count(text: str) -> list[Collective]:
 
 
 def _bytes(name: str, by_name: dict[str, hlo.Instruction]) -> int:
-  """Of the result of an instruction, before it is padded."""
+  """Size of an instruction's result before padding."""
   while by_name[name].opcode == "pad":
     name = by_name[name].operands[0]
   return sum(array.bytes for array in by_name[name].arrays)
 
 
 def _group_size(attributes: str, devices: int) -> int:
-  """Devices in a group, from `replica_groups`, which XLA writes in four ways."""
-  if "source_target_pairs=" in attributes:  # of collective-permute
+  """Devices in a group, from `replica_groups`, which XLA writes in four forms."""
+  if "source_target_pairs=" in attributes:  # collective-permute
     return 2
   if found := re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", attributes):  # {{0,1},{2,3}}; {}
     return len(found[1].split(",")) if found[1] else devices
   if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):  # [2,4]<=[8]
     return int(found[1])
-  # mesh['a'=4,'b'=2] {'a'}, where {'a':(1)2} is a part of an axis, of size 2
+  # mesh['a'=4,'b'=2] {'a'}, where {'a':(1)2} is a part of axis 'a', of size 2
   if found := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{('[^}]*)\}", attributes):
     axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
     parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])

@@ -1,4 +1,4 @@
-"""The text of a compiled program (XLA's HLO) as instructions, to count in."""
+"""Parses the text of a compiled program (XLA's HLO) into instructions."""
 
 import math
 import re
@@ -6,27 +6,27 @@ from typing import NamedTuple
 
 
 class Array(NamedTuple):
-  """An array in a shape: what it takes, and where it lies."""
+  """Size and place of an array."""
 
   bytes: int
-  in_hbm: bool  # and not in a memory on the chip
+  in_hbm: bool  # False: in a memory on the chip
 
 
 class Instruction(NamedTuple):
   """One line of a computation."""
 
   name: str
-  arrays: tuple[Array, ...]  # of the result; more than one in a tuple
+  arrays: tuple[Array, ...]  # of the result; several if it is a tuple
   opcode: str
   operands: tuple[str, ...]  # names of instructions of the same computation
-  attributes: str  # the rest of the line; of a parameter or constant, from its number or value on
-  root: bool  # what the computation returns
+  attributes: str  # the rest of the line; for a parameter or constant: its number or value
+  root: bool  # whether the computation returns it
 
 
 class Program(NamedTuple):
   """The computations of a program, each in the order of its text."""
 
-  computations: dict[str, tuple[Instruction, ...]]
+  computations: dict[str, list[Instruction]]
   entry: str
   devices: int
 
@@ -38,9 +38,10 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 
 def parse(text: str) -> Program:
-  """Reads what `jax.stages.Compiled.as_text()` gives."""
+  """Parses the result of `jax.stages.Compiled.as_text()`."""
   devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text))
-  computations, entry = {}, ""
+  computations: dict[str, list[Instruction]] = {}
+  entry = ""
   for line in text.splitlines():
     if head := _COMPUTATION.match(line):
       instructions = computations[head[2]] = []

@@ -2,12 +2,13 @@
 
     python -m launch.local --processes 4 --devices-per-process 2 -- --config configs/mixer.py:smoke
 
-What follows `--` goes to train.main. The processes meet on a free port, each with its own simulated
-CPU devices, and talk as hosts do (gloo). They end together: if one fails the others are stopped and
-its error is shown; a signal is passed on to all of them.
+Arguments after `--` go to train.main. The processes connect on a free port, each with its own
+simulated CPU devices, and communicate as hosts do (gloo). They end together: if one fails, the
+others are stopped and its error is shown; signals are passed on to all.
 """
 
 import argparse
+import math
 import os
 import signal
 import socket
@@ -21,26 +22,26 @@ from train.devices.hosts import LOST
 from train.errors import fail
 from train.interrupt import SIGNALS
 
-_GRACE_SECONDS = 20.0  # for the others to end by themselves once one has failed
+_GRACE_SECONDS = 20.0  # after one has failed, until the others are killed
 _POLL_SECONDS = 0.1
-_LINES = 20  # of what a failed process has written to stderr that are shown
+_STDERR_LINES = 20  # shown of a failed process
 
 
 class _Process(NamedTuple):
   child: subprocess.Popen
-  stderr: IO[str] | None  # what it has written there; None for the first, which has the terminal
+  stderr: IO[str] | None  # captured; None for the first, which writes to the terminal
 
 
 def run(processes: int, devices_per_process: int, arguments: list[str]) -> int:
-  """Runs train.main as so many processes, until all have ended.
+  """Runs train.main in several processes, until all have ended.
 
   Args:
-    devices_per_process: simulated CPU devices of each.
-    arguments: of train.main.
+    devices_per_process: simulated CPU devices of each process.
+    arguments: those of train.main.
   Returns:
-    The exit status of the first that failed, or 0.
+    The exit status of the first process that failed, or 0.
   """
-  started = []
+  started: list[_Process] = []
 
   def pass_on(signum: int, frame) -> None:
     del frame
@@ -50,7 +51,7 @@ def run(processes: int, devices_per_process: int, arguments: list[str]) -> int:
 
   for signum in SIGNALS:
     signal.signal(signum, pass_on)
-  signal.signal(signal.SIGHUP, lambda *_: pass_on(signal.SIGTERM, None))  # the terminal is closed
+  signal.signal(signal.SIGHUP, lambda *_: pass_on(signal.SIGTERM, None))  # the terminal was closed
   try:
     for index, command in enumerate(_commands(processes, arguments)):
       started.append(_start(command, devices_per_process, first=index == 0))
@@ -66,7 +67,7 @@ def run(processes: int, devices_per_process: int, arguments: list[str]) -> int:
     print(f"error: process {index} failed with exit status {status}", file=sys.stderr)
     if failed.stderr:
       failed.stderr.seek(0)
-      sys.stderr.writelines(failed.stderr.readlines()[-_LINES:])
+      sys.stderr.writelines(failed.stderr.readlines()[-_STDERR_LINES:])
   return status if status > 0 else 128 - status
 
 
@@ -86,14 +87,17 @@ def _start(command: list[str], devices: int, first: bool) -> _Process:
     env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
     stdin=subprocess.DEVNULL,
     stderr=stderr,
-    start_new_session=True,  # Ctrl-C reaches us alone, and is passed on once
+    start_new_session=True,  # Ctrl-C reaches only us, and we pass it on once
   )
   return _Process(child, stderr)
 
 
 def _wait(started: list[_Process]) -> _Process | None:
-  """The first that failed, once all have ended; the others are killed if they do not end soon."""
-  failed, deadline = None, None
+  """Waits until all have ended, and returns the first that failed.
+
+  After a failure, the others are killed if they do not end in time.
+  """
+  failed, deadline = None, math.inf
   while running := [process for process in started if process.child.poll() is None]:
     if failed is None:
       failed = _first_failed(started)
@@ -112,7 +116,7 @@ def _first_failed(started: list[_Process]) -> _Process | None:
 
 
 def main() -> None:
-  """Exit status: that of train.main; 128 + N if a signal N ended a process."""
+  """Exit status: that of train.main, or 128 + N if signal N ended a process."""
   parser = argparse.ArgumentParser(
     prog="python -m launch.local", usage="%(prog)s [flags] -- --config FILE [...]"
   )

@@ -1,11 +1,12 @@
-"""Compiles the train step for a TPU slice that is not there, and says what it would take:
+"""Compiles the train step for a TPU slice, without a TPU, and estimates its memory and time:
 
 python -m launch.plan --config configs/MODEL.py --topology v5e:2x2 [--config.KEY=VALUE ...]
 
-Needs no TPU, but its compiler: the extra [plan]. docs/planning.md says what the figures rest on.
+Needs the TPU compiler (extra [plan]). docs/planning.md explains the figures.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -38,18 +39,18 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What a chip can do at most."""
+  """Peak figures of a chip."""
 
-  flops: float  # FLOP/s in bfloat16: float32 is multiplied as such, unless told otherwise
-  hbm: float  # GiB that XLA lets a program have, by its own messages (libtpu 0.0.42)
+  flops: float  # FLOP/s in bfloat16, the default precision of float32 products as well
+  hbm: float  # GiB available to a program, from XLA's messages (libtpu 0.0.42)
   hbm_bandwidth: float  # bytes/s
-  ici_bandwidth: float  # bytes/s that it sends to its neighbours, over all links together
-  options: dict[str, str] = {}  # of its topology, for one device a chip
+  ici_bandwidth: float  # bytes/s sent to the neighbours, over all links together
+  options: dict[str, str] = {}  # of its topology, so that each chip is one device
 
 
-# From Google Cloud's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026. They give
-# the interconnect in both directions together: half of it is sent. For v4 they give the all-reduce
-# bandwidth of 4,096 chips, 1.1 PB/s; for v5e and v6e, 256 times what is sent is that figure, too.
+# From docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026. These pages give the bandwidth
+# of both directions of the interconnect: a chip sends half of it. For v4 they give the all-reduce
+# bandwidth of 4,096 chips, 1.1 PB/s; for v5e and v6e, it is 256 times what a chip sends.
 CHIPS = {
   "v4": Chip(275e12, 30.75, 1200e9, 1.1e15 / 4096, {"chip_config_name": "megacore"}),
   "v5e": Chip(197e12, 15.75, 819e9, 400e9 / 2),
@@ -62,19 +63,19 @@ def chip_of(topology: str) -> Chip:
   """The chip of a topology such as "v5e:2x2" or "v4:2x2x4".
 
   Raises:
-    ConfigError: it is no topology of a known chip.
+    ConfigError: the chip is unknown, or the shape malformed.
   """
   name, _, shape = topology.partition(":")
   if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
     raise ConfigError(
-      f"--topology={topology}: a chip ({', '.join(CHIPS)}) and how many of it lie along each axis, "
+      f"--topology={topology}: a chip ({', '.join(CHIPS)}) and how many lie along each axis, "
       "as in v5e:2x2 or v4:2x2x4"
     )
   return CHIPS[name]
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
-  """The devices of a slice, one a chip, to compile for.
+  """The devices of a slice, one per chip, to compile for.
 
   Raises:
     ConfigError: there is no such slice.
@@ -94,7 +95,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 
 def memory(config: ConfigDict, info: DatasetInfo, mesh: Mesh, chip: Chip) -> dict[str, Any]:
-  """Compiles the train step: GiB of HBM that it takes of each device, and its text if it fits."""
+  """Compiles the train step: GiB of HBM it needs on each device and, if it compiles, its text."""
   step = make_train_step(config, info.num_classes, microbatch_size(config, mesh), mesh)
   state = abstract_state(make_init(config, info, mesh), info)
   leaves = jax.tree.leaves(state)
@@ -110,12 +111,13 @@ def memory(config: ConfigDict, info: DatasetInfo, mesh: Mesh, chip: Chip) -> dic
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    if not (sizes := needed(str(error))):
+    if not (found := needed(str(error))):
       raise
-    temporaries, available = sizes
+    temporaries, available = found
     used = figures["state_gib"] + temporaries
     return figures | {"fits": False, "used_gib": used, "available_gib": available}
   sizes = compiled.memory_analysis()
+  assert sizes is not None  # the TPU compiler always has it
   buffers = (
     sizes.argument_size_in_bytes
     + sizes.output_size_in_bytes
@@ -132,7 +134,7 @@ def memory(config: ConfigDict, info: DatasetInfo, mesh: Mesh, chip: Chip) -> dic
 
 
 def needed(message: str) -> tuple[float, float] | None:
-  """GiB that XLA needs for temporaries, and those there are, from its error; None: another one."""
+  """GiB needed and available, from XLA's out-of-memory message; None: it is another error."""
   units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
   found = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds.*?\(([\d.]+)([KMGT])\)", message)
   found = found or re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
@@ -142,7 +144,7 @@ def needed(message: str) -> tuple[float, float] | None:
 
 
 def plan(config: ConfigDict, info: DatasetInfo, topology: str) -> dict[str, Any]:
-  """What a step takes of each device, and how fast it can be at most.
+  """The memory that a step needs on each device, and bounds on its speed.
 
   Raises:
     ConfigError: the topology, the mesh or the batch does not fit.
@@ -161,13 +163,13 @@ def plan(config: ConfigDict, info: DatasetInfo, topology: str) -> dict[str, Any]
     "remat": config.remat,
   }
   figures |= memory(config, info, mesh, chip)
-  figures["flops"] = local_batch * flops_per_image(config, info, recomputed=True)
+  figures["flops"] = local_batch * flops_per_image(config, info, recomputed=True, platform="tpu")
   if not (text := figures.pop("text", None)):
     return figures
   rows = collectives.count(text)
   steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
   figures["hbm_bytes"] = traffic.hbm_bytes(text) / min(config.steps_per_call, steps_per_epoch)
-  figures["collectives"] = [row._asdict() for row in rows]
+  figures["collectives"] = [dataclasses.asdict(row) for row in rows]
   seconds = {
     "compute": figures["flops"] / chip.flops,
     "memory": figures["hbm_bytes"] / chip.hbm_bandwidth,
@@ -176,7 +178,7 @@ def plan(config: ConfigDict, info: DatasetInfo, topology: str) -> dict[str, Any]
   step = max(seconds.values())
   return figures | {
     "seconds": seconds,
-    "bound_by": max(seconds, key=seconds.get),
+    "bound_by": max(seconds, key=lambda name: seconds[name]),
     "images_per_second": config.batch_size / step,
     "epochs": config.epochs,
     "train_images": info.sizes["train"],
@@ -185,9 +187,9 @@ def plan(config: ConfigDict, info: DatasetInfo, topology: str) -> dict[str, Any]
 
 
 def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
-  """The largest number from 1 to `most` that fits, to a 32nd; 0: none does.
+  """The largest number from 1 to `most` that fits, up to 1/32 too small; 0: none fits.
 
-  Doubles from `start` on until one does not fit, and then halves what lies between.
+  Doubles from `start` until a number does not fit, and then bisects.
   """
   low, high, number = 0, most + 1, min(start, most)
   while number:
@@ -202,7 +204,7 @@ def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
 
 
 def max_batch(config: ConfigDict, info: DatasetInfo, topology: str) -> int:
-  """The largest batch that fits, among multiples of what all devices compute at a time."""
+  """The largest batch that fits, among multiples of devices times microbatch."""
   chip = chip_of(topology)
   mesh = make_mesh(**config.mesh, devices=topology_devices(topology))
   unit = mesh.size * (config.microbatch or 1)
@@ -224,7 +226,7 @@ def _of(figures: dict[str, Any]) -> str:
 
 
 def format_plan(figures: dict[str, Any]) -> str:
-  """The figures for the terminal, 80 columns wide."""
+  """The figures as text for the terminal, at most 80 columns wide."""
   mesh, batch, devices = figures["mesh"], figures["batch_size"], figures["devices"]
   heading = [
     f"{figures['model']} ({figures['params']:,} parameters, {figures['dtype']}"
@@ -274,13 +276,13 @@ def _aligned(rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _short(number: float) -> str:
-  """Three digits and a unit's prefix: 1.23 G."""
+  """Three digits and the prefix of a unit, as in "1.23 G"."""
   power = max(0, min(5, int(math.log10(max(number, 1)) / 3)))
   return f"{_digits(number / 1000**power)} {' kMGTP'[power].strip()}"
 
 
 def _digits(number: float) -> str:
-  """Three digits, or all before the point."""
+  """Three significant digits, or the integer part if it has more."""
   return f"{number:,.0f}" if number >= 100 else f"{number:#.3g}"
 
 
@@ -292,18 +294,18 @@ def _duration(hours: float) -> str:
 
 
 def _start() -> None:
-  """Sets JAX and libtpu up to compile for a TPU, and not to look for one."""
+  """Sets JAX and libtpu up to compile for a TPU without looking for one."""
   quiet = {
-    "TPU_SKIP_MDS_QUERY": "1",  # no questions to the metadata server of a cloud's machine,
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # but the answers, or libtpu logs that it has none
+    "TPU_SKIP_MDS_QUERY": "1",  # do not ask the cloud's metadata server,
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # but give its answers: libtpu logs if they are missing
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock that would keep a second plan from running
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # without a lock: two plans can run at once
   }
   os.environ.update(quiet | os.environ)
-  jax.config.update("jax_platforms", "cpu")  # nothing runs; FLOPs are counted for a CPU
-  # Programs for a machine that is not there can't be loaded, nor kept for the next time.
+  jax.config.update("jax_platforms", "cpu")  # nothing runs
+  # Without a TPU, a program compiled for one can be neither loaded nor cached.
   jax.config.update("jax_enable_compilation_cache", False)
 
 
@@ -311,9 +313,11 @@ def main() -> None:
   """Exit status: 0 fits, 1 does not fit or can't be planned, 2 wrong flags."""
   parser = argparse.ArgumentParser(prog="python -m launch.plan", allow_abbrev=False)
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
-  parser.add_argument("--topology", required=True, help=f"of {', '.join(CHIPS)}: v5e:2x2, v4:2x2x4")
+  parser.add_argument(
+    "--topology", required=True, help=f"slice of {', '.join(CHIPS)}: v5e:2x2, v4:2x2x4"
+  )
   parser.add_argument("--max-batch", action="store_true", help="find the largest batch that fits")
-  parser.add_argument("--images", type=int, help="that train, if the dataset is not there to tell")
+  parser.add_argument("--images", type=int, help="number of training images, if unknown")
   parser.add_argument("--json", action="store_true", help="figures as one JSON object")
   arguments, config = flags.parse(parser)
   flags.quiet_libraries()

@@ -28,216 +28,38 @@ set -euo pipefail
 
 # --- Settings -----------------------------------------------------------------------------------
 
-NAME=${NAME:-mlp-models}                  # of the queued resource and of its node
+NAME=${NAME:-mlp-models}                  # of the queued resource and its node
 PROJECT=${PROJECT:-}                      # Google Cloud project
-ZONE=${ZONE:-}                            # as in us-east5-b
-ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-}    # as in v5litepod-16, v5p-32 or v6e-16
-RUNTIME_VERSION=${RUNTIME_VERSION:-}      # chosen by the accelerator where it is not set
+ZONE=${ZONE:-}                            # for example us-east5-b
+ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-}    # for example v5litepod-16, v5p-32 or v6e-16
+RUNTIME_VERSION=${RUNTIME_VERSION:-}      # default: chosen by ACCELERATOR_TYPE
 SPOT=${SPOT:-1}                           # 1: cheaper, may be preempted; 0: on demand
-CREATE_FLAGS=${CREATE_FLAGS:-}            # more for `queued-resources create`, as in --network=mine
+CREATE_FLAGS=${CREATE_FLAGS:-}            # more flags for `queued-resources create`
 BUCKET=${BUCKET:-}                        # name of a bucket, for WORKDIR
-WORKDIR=${WORKDIR:-${BUCKET:+gs://$BUCKET/$NAME}} # gs://...: the workers' disks are lost with them
+WORKDIR=${WORKDIR:-${BUCKET:+gs://$BUCKET/$NAME}} # a bucket: a worker's disk goes with the worker
 REPO=${REPO:-$(dirname "${BASH_SOURCE[0]}")/..}   # a git checkout
-REF=${REF:-HEAD}                          # what of it is trained; uncommitted changes are not
+REF=${REF:-HEAD}                          # the commit to train, without uncommitted changes
 EXTRAS=${EXTRAS:-tpu,gcs}                 # of pyproject.toml, separated by commas
 TRAIN_ENV=${TRAIN_ENV:-}                  # for training: NAME=VALUE, separated by spaces
 LOG_WORKER=${LOG_WORKER:-0}               # a number, or all
 
-POLL_SECONDS=${POLL_SECONDS:-30}          # between two questions
-SSH_TRIES=${SSH_TRIES:-10}                # unanswered in a row, after which a worker is lost
-SETUP_TRIES=${SETUP_TRIES:-3}             # a package server may be busy
-MAX_REQUESTS=${MAX_REQUESTS:-5}           # refused in a row, after which `run` and `create` give up
-MAX_CRASHES=${MAX_CRASHES:-3}             # ends that are neither failure nor preemption, in a row
-CRASH_SECONDS=${CRASH_SECONDS:-3600}      # of training, after which an end begins a new row
+POLL_SECONDS=${POLL_SECONDS:-30}          # between two polls
+SSH_TRIES=${SSH_TRIES:-10}                # failed in a row, before a worker counts as lost
+SETUP_TRIES=${SETUP_TRIES:-3}             # more than one: a package server may be busy
+MAX_REQUESTS=${MAX_REQUESTS:-5}           # refused in a row, before `run` and `create` give up
+MAX_CRASHES=${MAX_CRASHES:-3}             # restarts in a row; failures and preemptions don't count
+CRASH_SECONDS=${CRASH_SECONDS:-3600}      # training that lasted this long resets MAX_CRASHES' count
 STRAGGLER_POLLS=${STRAGGLER_POLLS:-6}     # how long workers may outlive the first that has failed
 
-# --- Saying and running -------------------------------------------------------------------------
+# shellcheck source-path=SCRIPTDIR source=tpu_slice.sh
+source "$(dirname "${BASH_SOURCE[0]}")/tpu_slice.sh"
 
-DRY_RUN=no
-WORKER_DIR=mlp_models_run # in the home folder of each worker; see tpu_worker.sh
-WORKER_SCRIPT=$WORKER_DIR/code/launch/tpu_worker.sh
+# --- Training -----------------------------------------------------------------------------------
 
-say() {
-  if [[ $DRY_RUN == yes ]]; then echo "# $*"; else echo "$(date +%H:%M:%S) $*"; fi
-}
-
-die() { # STATUS MESSAGE
-  echo "error: $2" >&2
-  exit "$1"
-}
-
-run_command() {
-  if [[ $DRY_RUN == yes ]]; then
-    local word line="" apostrophe="'\\''"
-    for word in "$@"; do
-      [[ $word =~ ^[A-Za-z0-9_./:=,@-]+$ ]] || word="'${word//\'/$apostrophe}'"
-      line+=" $word"
-    done
-    echo "${line# }"
-  else
-    "$@" </dev/null # ssh would read it
-  fi
-}
-
-tpus() {
-  run_command gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet
-}
-
-# A worker that vanishes sends no goodbye: without these, ssh would wait for ever.
-on_workers() { # WORKER COMMAND
-  tpus tpu-vm ssh "$NAME" --worker="$1" --command="$2" \
-    --ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=15
-}
-
-quoted() { # for the workers' shell
-  printf ' %q' "$@"
-}
-
-pause() {
-  [[ $DRY_RUN == yes ]] || sleep "$POLL_SECONDS"
-}
-
-# --- The queued resource ------------------------------------------------------------------------
-
-STATE="" # of the queued resource: NONE where there is none, UNKNOWN where gcloud cannot tell
-KNOWN=no # whether gcloud has ever told
-REACHED=no # whether the workers have ever answered
-DRY_STATE=NONE
-
-query_state() {
-  local answer before=$STATE
-  if [[ $DRY_RUN == yes ]]; then
-    tpus queued-resources describe "$NAME" --format='value(state.state)'
-    STATE=$DRY_STATE
-    return
-  fi
-  if answer=$(tpus queued-resources describe "$NAME" --format='value(state.state)' \
-    2>"$SCRATCH/describe"); then
-    STATE=${answer:-UNKNOWN}
-  elif grep -q NOT_FOUND "$SCRATCH/describe"; then
-    STATE=NONE
-  else
-    STATE=UNKNOWN
-  fi
-  if [[ $STATE != "$before" ]]; then
-    say "$NAME is $STATE"
-    [[ $STATE != UNKNOWN ]] || cat "$SCRATCH/describe" >&2
-  fi
-  [[ $STATE == UNKNOWN ]] || KNOWN=yes
-}
-
-create() {
-  local flags=()
-  [[ $SPOT == 0 ]] || flags+=(--spot)
-  # shellcheck disable=SC2206 # it is a list of flags
-  flags+=($CREATE_FLAGS)
-  REACHED=no WORKER_COUNT=0
-  tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$ACCELERATOR_TYPE" \
-    --runtime-version="$RUNTIME_VERSION" ${flags[@]+"${flags[@]}"} || return
-  DRY_STATE=ACTIVE
-}
-
-delete() {
-  # --force: with its node, which may still be there.
-  tpus queued-resources delete "$NAME" --force
-  DRY_STATE=NONE
-}
-
-# Deletes what is dead, asks for it anew and waits.
-make_active() {
-  local refused=0
-  while true; do
-    query_state
-    case $STATE in
-    ACTIVE) return ;;
-    NONE) create || refused=$((refused + 1)) ;;
-    FAILED) # the request itself: no quota, or a flag that the service does not like
-      refused=$((refused + 1))
-      ((refused >= MAX_REQUESTS)) || delete || true
-      ;;
-    SUSPENDED) delete || true ;; # preempted
-    UNKNOWN) [[ $KNOWN == yes ]] || refused=$((refused + 1)) ;;
-    *) ;; # it waits in the queue, or is being made or taken away
-    esac
-    ((refused < MAX_REQUESTS)) || die 1 "no $NAME after $refused tries: see what gcloud said, \
-or: gcloud compute tpus queued-resources describe $NAME --project=$PROJECT --zone=$ZONE"
-    pause
-  done
-}
-
-# --- The workers --------------------------------------------------------------------------------
-
-WORKERS="" # what those that answered last said of themselves, a line each; see tpu_worker.sh
-WORKER_COUNT=0
-DRY_WORKERS="WORKER worker - new -"
-
-ask_once() {
-  local answer lines status=0
-  # A worker without our code has nothing to say for itself.
-  local question="if [ -e $WORKER_SCRIPT ]; then bash $WORKER_SCRIPT status; \
-else echo WORKER \$(hostname) - new -; fi"
-  if [[ $DRY_RUN == yes ]]; then
-    on_workers all "$question"
-    WORKERS=$DRY_WORKERS
-    return
-  fi
-  answer=$(on_workers all "$question" 2>"$SCRATCH/ssh") || status=$?
-  WORKERS=$(grep '^WORKER ' <<<"$answer") || return
-  lines=$(wc -l <<<"$WORKERS")
-  ((status == 0 && lines >= WORKER_COUNT)) || return # one of them has not answered
-  WORKER_COUNT=$lines
-}
-
-# Fails where some of the workers are lost. This machine's own network may be down meanwhile, and
-# training go on.
-ask() {
-  local unanswered=0
-  until ask_once; do
-    unanswered=$((unanswered + 1))
-    query_state
-    case $STATE in
-    UNKNOWN) unanswered=0 ;;
-    ACTIVE)
-      if ((unanswered >= SSH_TRIES)); then
-        [[ $REACHED == yes && -n $WORKERS ]] && return 1
-        # Anew would not help, and cost: it is a key, a firewall, or the network here.
-        cat "$SCRATCH/ssh" >&2
-        [[ $REACHED == no ]] || die 1 "ssh reaches none of $NAME any more, which is ACTIVE: \
-training may go on, and the same command follows it again; if it is dead, delete it first"
-        die 1 "ssh does not reach the workers of $NAME"
-      fi
-      ;;
-    *) return 1 ;;
-    esac
-    pause
-  done
-  REACHED=yes
-}
-
-set_up() {
-  local archive=$SCRATCH/mlp_models.tar install try
-  install="rm -rf $WORKER_DIR/code && mkdir -p $WORKER_DIR/code && \
-tar -xf mlp_models.tar -C $WORKER_DIR/code && \
-bash $WORKER_SCRIPT install $COMMIT$(quoted "$EXTRAS")"
-  run_command git -C "$REPO" archive --output="$archive" "$COMMIT"
-  for ((try = 1; try <= SETUP_TRIES; try++)); do
-    say "setting up $NAME with commit ${COMMIT:0:12}"
-    if tpus tpu-vm scp "$archive" "$NAME:mlp_models.tar" --worker=all \
-      --scp-flag=-oConnectTimeout=20 --scp-flag=-oServerAliveInterval=15 &&
-      on_workers all "$install"; then
-      return
-    fi
-    query_state
-    [[ $STATE == ACTIVE ]] || return 1
-    pause
-  done
-  die 1 "the set-up failed $SETUP_TRIES times: see above"
-}
-
-# Sets OUTCOME to what the workers' lines come to, and STATUS to the exit status of the training.
-#   running      all run          mixed         some run, and others have ended badly
-#   stopped      by `stop`        interrupted   saved on a signal, or never started: start (again)
-#   finished     all              failed        by an error that would only come again
+# Sets OUTCOME from the workers' status lines, and STATUS to the exit status of training.
+#   running      all run                mixed         some run, others have ended badly
+#   stopped      by `stop`              interrupted   saved on a signal, or never started
+#   finished     all                    failed        by an error that would come again
 #   crashed      anything else
 judge() {
   local state stop running=0 interrupted=0 failed=0 crashed=0 asked=no
@@ -257,7 +79,7 @@ judge() {
     ((interrupted + failed + crashed == 0)) || OUTCOME=mixed
   elif [[ $asked == yes ]]; then
     OUTCOME=stopped STATUS=143
-  elif ((interrupted)); then # before failed: who loses a neighbour may fail for it
+  elif ((interrupted)); then # before failed: a worker may fail because it lost another one
     OUTCOME=interrupted
   elif ((failed)); then
     OUTCOME=failed STATUS=$failed
@@ -268,14 +90,7 @@ judge() {
   fi
 }
 
-is_set_up() {
-  local commit
-  while read -r _ _ commit _; do
-    [[ $commit == "$COMMIT" ]] || return 1
-  done <<<"$WORKERS"
-}
-
-# Training on all workers, with this commit: where it runs already, it is left alone.
+# Starts training with this commit on all workers, unless it is already running.
 start() { # ARGUMENT ...
   ask || return
   judge
@@ -288,13 +103,13 @@ start() { # ARGUMENT ...
     set_up || return
   fi
   say "starting training on $NAME"
-  # One that still runs waits for workers that have ended.
+  # `end`: a worker that still runs waits for others that have ended.
   on_workers all "bash $WORKER_SCRIPT end && \
 env ${TRAIN_ENV:+$TRAIN_ENV }bash $WORKER_SCRIPT start$(quoted --workdir "$WORKDIR" "$@")" || return
   DRY_WORKERS="WORKER worker $COMMIT 0 -"
 }
 
-# Until training has ended, or the workers are lost.
+# Waits until training has ended or workers are lost, and sets OUTCOME and STATUS.
 follow() {
   local mixed=0
   while true; do
@@ -308,8 +123,8 @@ follow() {
     mixed)
       mixed=$((mixed + 1))
       if ((mixed >= STRAGGLER_POLLS)); then
-        say "some workers have ended, others wait for them: ending those"
-        WORKERS=$(grep -v ' running ' <<<"$WORKERS") # what ended them is not what we judge by
+        say "some workers have ended and the others wait for them: ending the others"
+        WORKERS=$(grep -v ' running ' <<<"$WORKERS") # those that ended by themselves decide
         judge
         on_workers all "bash $WORKER_SCRIPT end" || OUTCOME=lost
         return
@@ -331,13 +146,13 @@ run() { # ARGUMENT ...
     began=$SECONDS
     if start "$@"; then
       follow
-    elif ask; then # they are there, and could not start it
+    elif ask; then # the workers answer, but could not start training
       OUTCOME=crashed STATUS=1
     else
       OUTCOME=lost
     fi
     if [[ $OUTCOME == failed || $OUTCOME == crashed ]]; then
-      query_state # a worker may fail because others were taken away
+      query_state # a worker may fail because others were preempted
       [[ $STATE == ACTIVE || $STATE == UNKNOWN ]] || OUTCOME=lost
     fi
     case $OUTCOME in
@@ -386,7 +201,7 @@ setup() {
   set_up || die 1 "$NAME is $STATE"
 }
 
-# The setting's names are in the message, so that one line tells all.
+# Names all missing settings at once.
 need() { # NAME ...
   local name missing=""
   for name in "$@"; do
@@ -407,7 +222,7 @@ choose_runtime() {
 }
 
 find_commit() {
-  # By its hash: HEAD may have moved on when a preempted slice is set up anew.
+  # As a hash: HEAD may have moved by the time a preempted slice is set up again.
   COMMIT=$(git -C "$REPO" rev-parse --verify --quiet "$REF^{commit}") ||
     die 2 "REPO=$REPO has no commit REF=$REF"
   git -C "$REPO" diff --quiet HEAD ||

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # What launch/tpu_vm.sh does on each TPU worker. It is not meant to be called by hand.
 #
-#   tpu_worker.sh install COMMIT EXTRAS                makes the environment
-#   tpu_worker.sh start ARGUMENT ...                   starts training, apart from this session
-#   tpu_worker.sh status                               one line: WORKER host commit state stop
-#   tpu_worker.sh stop                                 asks training to save and stop; waits
-#   tpu_worker.sh end                                  the same, and kills what does not stop
+#   tpu_worker.sh install COMMIT EXTRAS    makes the environment
+#   tpu_worker.sh start ARGUMENT ...       starts training in a session of its own
+#   tpu_worker.sh status                   prints one line: WORKER host commit state stop
+#   tpu_worker.sh stop                     asks training to save and stop, and waits
+#   tpu_worker.sh end                      the same, but kills training if it does not stop
 #
-# The code lies in RUN/code, with this file in it; RUN also holds venv/, the log, and:
-#   commit  what is installed        pid     of the training process
-#   lock    held while it lives      status  its exit status, once it has ended
-#   stopping  `stop` was called: not to be started again
+# RUN/code holds the code, this file included. RUN also holds venv/, log and:
+#   commit    the commit that is installed
+#   pid       of the training process
+#   lock      held while training lives
+#   status    the exit status of training, once it has ended
+#   stopping  `stop` was called: `run` must not start training again
 set -euo pipefail
 
 run=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -38,7 +40,7 @@ make_venv() {
     if command -v "$candidate" >/dev/null && "$candidate" -m venv "$run/venv"; then
       return
     fi
-    rm -rf "$run/venv" # half made, where Debian has left out what venv needs
+    rm -rf "$run/venv" # incomplete: Debian has ensurepip in a package of its own
   done
   python3 -m pip install --user --quiet uv
   python3 -m uv venv --seed --python 3.12 "$run/venv"
@@ -46,7 +48,7 @@ make_venv() {
 
 install() { # COMMIT EXTRAS
   local commit=$1 extras=$2
-  rm -f "$run/commit" # whoever is interrupted here has nothing installed
+  rm -f "$run/commit" # if interrupted from here on, nothing counts as installed
   [[ -x $python ]] || make_venv
   (cd "$run/code" &&
     "$python" -m pip install --quiet --constraint constraints.txt --editable ".[$extras]")
@@ -60,7 +62,7 @@ start() {
     return 1
   fi
   rm -f "$run/status" "$run/stopping" "$run/pid"
-  # A session of its own: it must outlive the ssh connection, and the laptop at its other end.
+  # In a session of its own, so that it outlives the ssh connection.
   setsid nohup bash "${BASH_SOURCE[0]}" supervise "$@" >>"$run/log" 2>&1 </dev/null &
   local tick
   for ((tick = 0; tick < 200; tick++)); do
@@ -74,11 +76,11 @@ start() {
 # Runs training and writes down how it ended.
 supervise() {
   local signalled
-  trap 'signalled=yes' TERM # a machine that shuts down signals all; this one has a status to write
+  trap 'signalled=yes' TERM # at shutdown every process is signalled; this one must write the status
   exec 9>"$run/lock"
-  flock --timeout 5 9 # `is_running` has it for a moment
+  flock --timeout 5 9 # `is_running` may hold it for a moment
   cd "$run/code"
-  "$python" -m train.main "$@" & # has the lock too: it is held as long as either lives
+  "$python" -m train.main "$@" & # inherits the lock: held until both processes end
   local training=$! code
   printf '%s\n' "$training" >"$run/pid.new"
   mv "$run/pid.new" "$run/pid"
@@ -124,7 +126,7 @@ end() {
   is_running || return 0
   ask_to_end
   wait_until_ended "$stop_seconds" && return
-  kill -KILL "$(<"$run/pid")" 2>/dev/null || true # waits for a worker that is no longer there
+  kill -KILL "$(<"$run/pid")" 2>/dev/null || true # it may be waiting for a lost worker
   wait_until_ended "$stop_seconds"
 }
 

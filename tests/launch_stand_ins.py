@@ -1,7 +1,7 @@
-"""What launch/'s scripts call, played for test_launch_scripts.py: gcloud, srun, scontrol, sbatch.
+"""Plays the commands that the scripts of launch/ call: gcloud, srun, scontrol, sbatch, python.
 
-Started as `launch_stand_ins.py NAME ARGUMENT ...`, with a folder in STAND_IN. Each call is noted in
-its calls.jsonl, and then plays its part of the folder's scenario.json.
+stage.py starts it as `launch_stand_ins.py NAME ARGUMENT ...`; the variable STAND_IN is a folder. It
+appends each call to the folder's calls.jsonl, and then acts by the folder's scenario.json.
 """
 
 import contextlib
@@ -25,12 +25,14 @@ def note(file: str, what) -> None:
 
 
 def gcloud(scenario: dict, arguments: list[str]) -> int:
-  """A slice of two workers, whose commands are run here for real.
+  """A slice of two workers; commands for the workers are really run, on this machine.
 
-  The scenario's `lives` say of each time that the slice is created:
+  The scenario's `lives` has an entry for each time that the slice is created:
     states: what `describe` answers, one after the other; the last one stays.
-    questions: how often the workers tell their status before `end`: a new state, with which ssh is
-      dead; "one lost" (it is, on one worker); "offline" (this machine, for ten calls).
+    questions: how often the workers tell their status before `end` happens.
+    end: a state, with which ssh stops working for all workers; "one lost": it stops for one worker;
+      "offline": this machine has no network for ten calls.
+    dead: ssh never works.
   """
   verb = arguments[3]
   life = scenario["lives"][scenario["life"]] if scenario["exists"] else None
@@ -96,7 +98,7 @@ def _take_workers_away() -> None:
 
 
 def end_sessions(folder: pathlib.Path) -> None:
-  """Kills what was started on the workers, with its supervisor."""
+  """Kills the trainings that were started on the workers, and their supervisors."""
   sessions = folder / "sessions.jsonl"
   for session in sessions.read_text().split() if sessions.exists() else []:
     with contextlib.suppress(ProcessLookupError):
@@ -104,16 +106,16 @@ def end_sessions(folder: pathlib.Path) -> None:
 
 
 def python(scenario: dict, arguments: list[str]) -> int:
-  """The workers' Python: `trainings` say how each start of training ends, worker by worker.
+  """The workers' Python: `trainings` has a list for each start of training, with an end per worker.
 
-  With an exit status; "term": on SIGTERM, with 143; "1 second": with 1, when another waits for its
-  SIGTERM; "kill": with its supervisor, by SIGKILL.
+  An end is an exit status; "term": 143, on SIGTERM; "1 second": 1, once another worker waits for
+  SIGTERM; "kill": SIGKILL, for its supervisor too.
   """
   if arguments[:2] != ["-m", "train.main"]:
     return 0
   home = pathlib.Path(os.environ["HOME"])
   if os.getsid(0) == int(os.environ["TEST_SESSION"]):
-    return 99  # not apart from who started it; and the tests kill sessions
+    return 99  # not in a session of its own: killing it would kill the tests
   note("sessions.jsonl", os.getsid(0))
   note(f"{home.name}.jsonl", arguments[2:])
   starts = len((FOLDER / f"{home.name}.jsonl").read_text().splitlines())
@@ -144,7 +146,7 @@ def _wait_for(signum: int, seconds: float = 120) -> bool:
 
 
 def srun(scenario: dict, arguments: list[str]) -> int:
-  """Ends with the exit status `srun`; "usr1": on USR1, with 138; "term": as if told by SLURM."""
+  """Ends with the exit status `srun`; "usr1": 138, on USR1; "term": 143, as when SLURM ends it."""
   end = scenario["srun"]
   signal.signal(signal.SIGTERM, lambda *_: os._exit(137))  # the real one kills its tasks
   if end == "usr1":
@@ -171,7 +173,7 @@ def main() -> int:
   scenario = json.loads(SCENARIO.read_text())
   status = globals()[name](scenario, arguments)
   if name == "gcloud":
-    # In one go: a training that starts now reads it.
+    # Atomically: a training that starts now reads it.
     SCENARIO.with_suffix(".new").write_text(json.dumps(scenario))
     SCENARIO.with_suffix(".new").replace(SCENARIO)
   return status

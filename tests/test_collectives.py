@@ -1,4 +1,4 @@
-"""What devices send each other, counted in the text of compiled programs."""
+"""Traffic between devices, counted in the text of compiled programs."""
 
 import math
 
@@ -18,47 +18,47 @@ SUMS = 4 * 4  # float32: loss, two kinds of hits, examples
 
 
 def train_step(data: int, fsdp: int) -> tuple[list[Collective], int, int]:
-  """What Mixer's step sends on eight devices, and the bytes of parameters that are cut and not."""
+  """Collectives of Mixer's step on eight devices; bytes of parameters sharded and replicated."""
   config = mixer.get_config()
   mesh = make_mesh(data, fsdp, jax.devices()[:8])
   step = make_train_step(config, INFO.num_classes, microbatch_size(config, mesh), mesh)
   state = abstract_state(make_init(config, INFO, mesh), INFO)
-  cut = whole = 0
+  sharded = replicated = 0
   for x in jax.tree.leaves(state.params):
     if sharded_axis(x.shape, mesh) is None:
-      whole += 4 * math.prod(x.shape)
+      replicated += 4 * math.prod(x.shape)
     else:
-      cut += 4 * math.prod(x.shape)
-  assert cut + whole == 4 * 242_788
+      sharded += 4 * math.prod(x.shape)
+  assert sharded + replicated == 4 * 242_788
   hlo = lower_train_step(step, state, config, INFO, mesh).compile().as_text()
-  return collectives.count(hlo), cut, whole
+  return collectives.count(hlo), sharded, replicated
 
 
 def test_data_parallel_step_sums_all_gradients_once():
-  rows, cut, whole = train_step(8, 1)
-  assert (cut, whole) == (0, 971_152)
-  sent = 2 * 7 / 8 * (whole + SUMS)
+  rows, sharded, replicated = train_step(8, 1)
+  assert (sharded, replicated) == (0, 971_152)
+  sent = 2 * 7 / 8 * (replicated + SUMS)
   assert rows == [Collective("all-reduce", 8, 1, 971_168, sent)]
 
 
 def test_fully_sharded_step_gathers_parameters_and_scatters_gradients():
-  rows, cut, whole = train_step(1, 8)
-  assert (cut, whole) == (823_296, 147_856)
+  rows, sharded, replicated = train_step(1, 8)
+  assert (sharded, replicated) == (823_296, 147_856)
   assert rows == [
-    Collective("all-gather", 8, 10, cut // 8, 7 / 8 * cut),
-    Collective("all-reduce", 8, 1, whole + SUMS, 2 * 7 / 8 * (whole + SUMS)),
-    Collective("reduce-scatter", 8, 10, cut, 7 / 8 * cut),
+    Collective("all-gather", 8, 10, sharded // 8, 7 / 8 * sharded),
+    Collective("all-reduce", 8, 1, replicated + SUMS, 2 * 7 / 8 * (replicated + SUMS)),
+    Collective("reduce-scatter", 8, 10, sharded, 7 / 8 * sharded),
   ]
 
 
 def test_mesh_of_both_axes_also_sums_each_part_over_data():
-  rows, cut, whole = train_step(4, 2)
-  assert (cut, whole) == (823_296, 147_856)
+  rows, sharded, replicated = train_step(4, 2)
+  assert (sharded, replicated) == (823_296, 147_856)
   assert rows == [
-    Collective("all-gather", 2, 10, cut // 2, cut / 2),
-    Collective("all-reduce", 4, 1, cut // 2, 2 * 3 / 4 * cut / 2),
-    Collective("all-reduce", 8, 1, whole + SUMS, 2 * 7 / 8 * (whole + SUMS)),
-    Collective("reduce-scatter", 2, 10, cut, cut / 2),
+    Collective("all-gather", 2, 10, sharded // 2, sharded / 2),
+    Collective("all-reduce", 4, 1, sharded // 2, 2 * 3 / 4 * sharded / 2),
+    Collective("all-reduce", 8, 1, replicated + SUMS, 2 * 7 / 8 * (replicated + SUMS)),
+    Collective("reduce-scatter", 2, 10, sharded, sharded / 2),
   ]
 
 

@@ -1,4 +1,4 @@
-"""What goes through a device's memory, counted in the text of compiled programs."""
+"""HBM traffic, counted in the text of compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def test_a_fusion_reads_the_slices_that_it_takes_and_writes_where_it_updates():
 """
   line = f"ROOT %y = {HBM} fusion(%x, %x, %i), kind=kLoop, calls=%fused"
   assert traffic.hbm_bytes(program(line, fused=fused)) == 2 * 16 * 4
-  # Read as a whole, too.
+  # Now the fusion also reads all of %b.
   fused = fused.replace("add(%part, %part)", "add(%b, %part)")
   assert traffic.hbm_bytes(program(line, fused=fused)) == 1024 + 16 * 4
 
