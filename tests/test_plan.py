@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import mixer, perceiver
+from configs import mixer, perceiver, vit
 from launch import plan
 from train import cost, data
 from train.errors import ConfigError, DataError
@@ -53,7 +53,8 @@ def test_mixer_is_compiled_for_a_slice_that_is_not_there():
       "wire_bytes": 2 * 3 / 4 * sent,
     }
   ]
-  per_image = cost.flops_per_image(mixer.get_config(), data.foresee(mixer.get_config().data))
+  info = data.foresee(mixer.get_config().data)
+  per_image = cost.flops_per_image(mixer.get_config(), info, platform="tpu")
   assert figures["flops"] == 32 * per_image
   # Parameters and optimizer state are read and written once each; XLA's own count is 450 MB.
   assert 2 * 3 * 4 * 242_788 < figures["hbm_bytes"] < 20e6
@@ -196,3 +197,12 @@ def test_a_dataset_is_foreseen_without_being_there(tmp_path):
   with pytest.raises(DataError, match="'training' is no split of cifar10"):
     data.foresee(config)
   assert not list(tmp_path.iterdir())
+
+
+def test_flops_for_a_tpu_are_those_of_its_form_of_attention():
+  config = vit.get_config()
+  info = data.foresee(config.data)
+  on_cpu, on_tpu = (cost.flops_per_image(config, info, platform=p) for p in ("cpu", "tpu"))
+  assert cost.flops_per_image(config, info) == on_cpu
+  # On a CPU heads as wide as the model take fewer operations.
+  assert 1.15 < on_tpu / on_cpu < 1.3

@@ -1,4 +1,4 @@
-"""What a training step costs in arithmetic, and what the devices can do of it."""
+"""The FLOPs of a training step, and the peak FLOP/s of the devices."""
 
 import time
 
@@ -13,13 +13,16 @@ from train.state import abstract_state, make_init
 from train.step import lower_train_step, make_train_step
 
 
-def flops_per_image(config: ConfigDict, info: DatasetInfo, recomputed: bool = False) -> float:
-  """Floating-point operations of a training step, by XLA's count before it optimizes.
+def flops_per_image(
+  config: ConfigDict, info: DatasetInfo, recomputed: bool = False, platform: str | None = None
+) -> float:
+  """Floating-point operations per image of a training step, by XLA's count before it optimizes.
 
-  Counted for the whole batch at once on one device: XLA counts a loop's body only once.
+  The step has one microbatch on one device, because XLA counts a loop's body only once.
 
   Args:
-    recomputed: count what `config.remat` computes twice as often, which is no progress.
+    recomputed: also count the operations that `config.remat` repeats.
+    platform: whose form of the step is counted, such as "tpu"; None: the one that is here.
   """
   device = make_mesh(devices=jax.devices()[:1])
   config = config.copy_and_resolve_references()
@@ -27,14 +30,14 @@ def flops_per_image(config: ConfigDict, info: DatasetInfo, recomputed: bool = Fa
   config.remat = config.remat and recomputed
   step = make_train_step(config, info.num_classes, config.batch_size, device)
   state = abstract_state(make_init(config, info, device), info)
-  lowered = lower_train_step(step, state, config, info, device)
+  lowered = lower_train_step(step, state, config, info, device, platform)
   costs = lowered.cost_analysis()
   assert costs is not None
   return costs["flops"] / config.batch_size
 
 
 def matmul_peak(devices: Mesh, dtype: str) -> float:
-  """GFLOP/s of a square matrix product on all devices at once, the best of ten."""
+  """GFLOP/s of a square matrix product on all devices at once, the best of ten runs."""
   side = 2048 if devices.devices.flat[0].platform == "cpu" else 8192
   matrices = jax.device_put(jnp.ones((devices.size, side, side), dtype), by_example(devices))
   product = jax.jit(lambda x: x @ x)

@@ -1,8 +1,7 @@
 """One step of training and one of evaluation, as pure functions over a mesh.
 
-The batch is cut over the mesh's devices, and each device's share into microbatches that it works
-through one after the other. What is summed over examples (gradients, loss, hits) is summed on the
-device first and over the devices once a step.
+Each device takes an equal part of the batch and works through it in microbatches. Sums over
+examples (gradients, loss, hits) are taken on each device, then over the devices once per step.
 """
 
 import functools
@@ -52,8 +51,8 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
   """`train_step` for a run, jitted: (state, batches) -> (next state, Sums of each step).
 
-  `batches` are the steps of one call, stacked: image [K, B, H, W, C] and so on. One dispatch does
-  all K, one after the other. The state that goes in is donated: it can't be used again.
+  `batches` stacks the batches of K steps: image [K, B, H, W, C] and so on. One dispatch runs all K
+  steps in order. The input state is donated: it can't be used again.
   """
   step = functools.partial(
     train_step,
@@ -72,12 +71,18 @@ def make_train_step(
 
 
 def lower_train_step(
-  step: jax.stages.Wrapped, state: TrainState, config: ConfigDict, info: DatasetInfo, mesh: Mesh
+  step: jax.stages.Wrapped,
+  state: TrainState,
+  config: ConfigDict,
+  info: DatasetInfo,
+  mesh: Mesh,
+  platform: str | None = None,
 ) -> jax.stages.Lowered:
-  """Lowers what `make_train_step` gave, from the shapes of an epoch's first call alone.
+  """Lowers a step of `make_train_step` for the shapes of an epoch's first call.
 
   Args:
-    state: as `abstract_state` gives it.
+    state: from `abstract_state`.
+    platform: to lower for, such as "tpu", which need not be here; None: that of the mesh.
   """
   steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
   steps_and_batch = (min(config.steps_per_call, steps_per_epoch), config.batch_size)
@@ -87,7 +92,8 @@ def lower_train_step(
     "mask": (steps_and_batch, jnp.bool),
   }
   batches = {key: jax.ShapeDtypeStruct(*shape) for key, shape in shapes.items()}
-  return step.lower(state, abstract(batches, by_example(mesh, axis=1)))
+  traced = step.trace(state, abstract(batches, by_example(mesh, axis=1)))
+  return traced.lower(lowering_platforms=(platform,) if platform else None)
 
 
 def compile_in_background(
@@ -97,12 +103,15 @@ def compile_in_background(
   info: DatasetInfo,
   mesh: Mesh,
 ) -> Future[tuple[jax.stages.Compiled, float]]:
-  """Compiles what `make_train_step` and `make_init` gave; later calls reuse the result.
+  """Compiles `step` and `init` in a thread; later calls reuse the result.
 
-  In a thread, because XLA needs no Python: images can be read meanwhile.
+  XLA releases Python's lock, so images can be read meanwhile.
 
+  Args:
+    step: from `make_train_step`.
+    init: from `make_init`.
   Returns:
-    The compiled step, to come, and the seconds that it took.
+    A future of the compiled step and the seconds that its compilation took.
   """
 
   def compile_both():
@@ -133,13 +142,13 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
   """Augments, computes gradients of the mean cross-entropy, and updates the weights once.
 
-  Every random draw follows from (seed, step, position in the global batch): neither the number of
-  devices nor the microbatch changes which crop or mask an image gets.
+  Every random draw depends only on (seed, step, position in the global batch): the number of
+  devices and the microbatch do not change an image's augmentation or dropout masks.
 
   Args:
-    batch: of the whole mesh; examples with mask False count for nothing.
+    batch: the global batch; examples whose mask is False are ignored.
     augmentation: flip, zoom and rotation of `augment.augment`.
-    microbatch: images that a device computes at a time; divides its share of the batch.
+    microbatch: images that a device computes at a time; divides its part of the batch.
   Returns:
     The next state, and the sums over this batch, taken before the update.
   """
@@ -170,11 +179,11 @@ def loss(
   model: nn.Module,
   augmentation: dict,
 ) -> tuple[Array, Sums]:
-  """The summed cross-entropy of augmented examples at the state's step, as such and in the Sums.
+  """Summed cross-entropy (float32 []) of augmented examples at the state's step, and all Sums.
 
   Args:
-    params: of the model; those of the state are not looked at.
-    positions: int32 [B], the examples' places in the global batch.
+    params: of the model, used instead of `state.params`.
+    positions: int32 [B], the examples' positions in the global batch.
   """
   key = jax.random.fold_in(jax.random.key(state.seed), state.step)
   augment_key, dropout_key = jax.random.split(key)
@@ -229,14 +238,14 @@ def evaluate(
   """Loss, accuracy and top5 (fractions) over a split, every image counted once.
 
   Args:
-    step: as `make_eval_step` gives it.
-    after_batch: called after each batch; what it raises ends the evaluation.
+    step: from `make_eval_step`.
+    after_batch: called after each batch; its exceptions end the evaluation.
   """
   total = Sums.zero()
   for batch in eval_batches(split, batch_size, mesh):
     before, sums = total, step(weights, batch)
     total = jax.tree.map(jnp.add, total, sums)
-    jax.block_until_ready(before)  # no more than one batch ahead, so that `after_batch` is in time
+    jax.block_until_ready(before)  # at most one batch waits, so that `after_batch` runs in time
     after_batch()
   return total.means()
 
@@ -247,7 +256,7 @@ def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
   Args:
     logits: float32 [B, C].
     labels: int32 [B].
-    mask: bool [B]; an example whose mask is False counts for nothing.
+    mask: bool [B]; examples whose mask is False are ignored.
   """
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
@@ -263,18 +272,18 @@ def sum_over_batch(
   """Sums `function(params, examples, positions)` over microbatches, then once over the devices.
 
   Args:
-    function: gives a tree of arrays; `examples` are rows of the batch, `positions` int32 [B] their
-      places in it.
-    template: a tree of arrays of the shapes and dtypes that `function` gives.
-    params: laid out by `mesh.state_shardings`; each device gathers them for itself.
-    microbatch: examples that `function` gets at a time; divides each device's share of the batch.
+    function: returns a tree of arrays; `examples` are rows of the batch, `positions` int32 [B]
+      their indices in it.
+    template: a tree of arrays with the shapes and dtypes of `function`'s result.
+    params: sharded by `mesh.state_shardings`; each device gathers all of them.
+    microbatch: examples per call of `function`; divides each device's part of the batch.
   Returns:
-    The sums, laid out by `mesh.state_shardings` too: each device keeps what it will update.
+    The sums, sharded by `mesh.state_shardings`: each device keeps the part that it will update.
   """
 
   def on_each_device(params, batch):
-    # Without this the gradient of the replicated params would be summed over the devices in every
-    # microbatch; as a value that each device has for itself, it is summed where we say so.
+    # Otherwise JAX sums the gradient of replicated params over the devices in every microbatch;
+    # params that vary by device leave that to `_sum_over_devices`.
     params = jax.lax.pcast(params, BATCH, to="varying")
     local_batch = len(batch["label"])
     positions = jax.lax.axis_index(BATCH) * local_batch + jnp.arange(local_batch)
@@ -300,7 +309,7 @@ def sum_over_batch(
 
 
 def _sum_over_devices(tree: Any, mesh: Mesh) -> Any:
-  """Sums what each device has; of an array that is cut over "fsdp" it gets its own part."""
+  """Sums over the devices; of an array sharded over "fsdp" each device gets its own part."""
   leaves, structure = jax.tree.flatten(tree)
   axes = [sharded_axis(x.shape, mesh) for x in leaves]
   whole = jax.lax.psum([x for x, axis in zip(leaves, axes, strict=True) if axis is None], BATCH)
