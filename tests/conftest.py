@@ -4,6 +4,7 @@ import collections
 import fcntl
 import importlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,12 @@ from train.devices.compile import set_xla_flags
 jax.config.update("jax_num_cpu_devices", 8)  # simulated
 set_xla_flags()
 
+# A suite that is started in the background ignores Ctrl-C or the end of its terminal. The processes
+# that it tests must not.
+for _signum in (signal.SIGINT, signal.SIGHUP):
+  if signal.getsignal(_signum) == signal.SIG_IGN:
+    signal.signal(_signum, signal.SIG_DFL)
+
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
@@ -39,7 +46,7 @@ SHAPES100_DIR = Path(os.environ["MLP_MODELS_TESTS"]) / "tensorflow_datasets"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Skips what needs something that is not here, and refuses a lack of what REQUIRE names."""
+  """Skips tests whose needs are missing; a missing need that REQUIRE names is an error."""
   required = os.environ.get("REQUIRE", "").split()
   for item in items:
     for mark in item.iter_markers("needs"):
@@ -53,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item):
-  """Fails a test that is skipped for a reason that `needs.NEEDS` does not list."""
+  """Fails a test that is skipped for a reason not in `needs.NEEDS`."""
   report = yield
   reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
   if report.skipped and reason.removeprefix("Skipped: ") not in {n.reason for n in NEEDS.values()}:
@@ -62,7 +69,7 @@ def pytest_runtest_makereport(item: pytest.Item):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-  """A line for each reason, with how many tests were skipped for it."""
+  """Prints each reason with the number of tests skipped for it."""
   skipped = terminalreporter.stats.get("skipped", [])
   for reason, count in collections.Counter(report.longrepr[2] for report in skipped).most_common():
     terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
@@ -73,8 +80,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 @pytest.fixture(scope="session")
 def shapes100() -> Path:
-  """SHAPES100_DIR, with 4,000 + 1,000 images of shapes100 in it: drawn once in a test run."""
-  import tensorflow_datasets as tfds  # seconds, and most tests need it not
+  """SHAPES100_DIR, with 4,000 + 1,000 images of shapes100, drawn once per test run."""
+  import tensorflow_datasets as tfds  # late: takes seconds, and most tests do not need it
 
   from train.data.shapes100 import Shapes100
 
@@ -84,13 +91,13 @@ def shapes100() -> Path:
     builder = Shapes100(data_dir=SHAPES100_DIR)
     builder.chunks = {"train": 4, "test": 1}
     tfds.disable_progress_bar()
-    builder.download_and_prepare(file_format="array_record")  # nothing, the second time
+    builder.download_and_prepare(file_format="array_record")  # nothing to do the second time
   return SHAPES100_DIR
 
 
 @pytest.fixture(scope="session")
 def smoke_config(shapes100) -> Callable[..., ConfigDict]:
-  """The smoke variant of configs/NAME.py on shapes100; overrides have dots as `__`."""
+  """The smoke variant of configs/NAME.py on shapes100; overrides have `__` instead of dots."""
 
   def make(name: str = "mixer", **overrides) -> ConfigDict:
     config = importlib.import_module(f"configs.{name}").get_config("smoke")
@@ -114,7 +121,7 @@ def finished_run(smoke_config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(shapes100, tmp_path_factory) -> Path:
-  """The workdir of runs.COMMAND, which nothing has disturbed."""
+  """The workdir of an uninterrupted run of runs.COMMAND."""
   from runs import start
 
   folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
