@@ -3,9 +3,9 @@
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/compare_keras.py --models mixer vit --backend tensorflow
 
-Both train at the default config on the same images of CIFAR-100, each in a process of its own that
-waits while the other one works. Before anything is timed, ours computes the logits of Keras'
-weights: they must be Keras' logits.
+Both train at the default config on the same images of CIFAR-100, each in its own process, which
+waits while the other one works. Before anything is timed, our model with Keras' weights must give
+Keras' logits.
 """
 
 import argparse
@@ -29,9 +29,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
   parser.add_argument("--models", nargs="+", default=mlp_models.MODELS, choices=mlp_models.MODELS)
   parser.add_argument("--backend", default="tensorflow", choices=("tensorflow", "torch", "jax"))
-  parser.add_argument("--rounds", type=int, default=5, help="turns that each one takes")
-  parser.add_argument("--seconds", type=float, default=10.0, help="of Keras' turn, about")
-  parser.add_argument("--json", action="store_true", help="one JSON object a model, too")
+  parser.add_argument("--rounds", type=int, default=5, help="turns of each model")
+  parser.add_argument("--seconds", type=float, default=10.0, help="approximate time of Keras' turn")
+  parser.add_argument("--json", action="store_true", help="also print a line of JSON per model")
   arguments = parser.parse_args()
   os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # before any worker loads TensorFlow
   print(f"{'model':10} {'ours':>15} {'Keras':>15} {'ratio':>22} {'GiB':>12}  steps a turn")
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def compare(name: str, backend: str, rounds: int, seconds: float) -> dict:
-  """Images per second of both, their ratio in each round (median, least, most), peak memory."""
+  """Images per second of both, their ratio (median, least and most over rounds), peak bytes."""
   config = _config(name)
   context = multiprocessing.get_context("spawn")
   pipes, processes = [], []
@@ -117,7 +117,7 @@ def _worker(target, pipe: Connection, *args) -> None:
 
 
 def _answer(pipe: Connection, train) -> None:
-  """Answers numbers of steps with the seconds that `train` took for them, until None comes."""
+  """Receives numbers of steps until None comes; answers each with the seconds that it took."""
   from train.devices.machine import process_memory
 
   while (steps := pipe.recv()) is not None:

@@ -1,8 +1,8 @@
 """The five models with Keras' public layers, as a user of Keras would write them.
 
-They compute what ours compute: `tests/test_keras_models.py` compares their logits with the golden
-ones, and `compare_keras.py` with ours before it times anything. Names of layers are the canonical
-names of `mlp_models.keras_weights`, with dots for slashes.
+They give the same logits as ours: `tests/test_keras_models.py` compares them with the golden ones,
+and `compare_keras.py` with ours before it times anything. Layers have the canonical names of
+`mlp_models.keras_weights`, with dots instead of slashes.
 """
 
 import keras
@@ -17,7 +17,7 @@ def make(name: str, model: nn.Module, augmentation: dict, mean, variance) -> ker
 
   Args:
     name: one of `mlp_models.MODELS`.
-    model: ours, whose sizes and rates it takes.
+    model: ours; gives the sizes and dropout rates.
     augmentation: flip, zoom and rotation, active in training.
     mean, variance: [3], of the training images, in pixel units.
   """
@@ -84,7 +84,7 @@ class Position(layers.Layer):
 
 
 class Latents(layers.Layer):
-  """The learned latents, once for each example."""
+  """The learned latents, repeated for each example."""
 
   def __init__(self, count, width):
     super().__init__(name="latents")

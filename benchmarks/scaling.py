@@ -1,12 +1,13 @@
-"""What more devices cost, as far as one machine can say it.
+"""The cost of more devices, estimated on one machine.
 
     python benchmarks/scaling.py sent                          # bytes on the wire, from the HLO
     python benchmarks/scaling.py time --models mixer           # steps on 1, 2, 4 and 8 devices
-    python benchmarks/scaling.py predict PLAN.json ...         # of launch.plan --json
+    python benchmarks/scaling.py predict PLAN.json ...         # plans of launch.plan --json
 
-`sent` compiles the train step of the default configs for eight simulated devices, and counts what
-each sends in a step. `time` measures steps on simulated devices: on a machine of fewer cores that
-shows overheads, and no speed-up. `predict` takes a plan to more chips. All print Markdown.
+`sent` compiles the train step of the default configs for eight simulated devices, and counts the
+bytes that each sends in a step. `time` measures steps on simulated devices: with fewer cores than
+devices it shows overhead, not speed-up. `predict` extrapolates a plan to more chips. All print
+Markdown.
 """
 
 import argparse
@@ -23,9 +24,9 @@ MESHES = ((8, 1), (4, 2), (1, 8))
 
 # Assumed in `predict`.
 _CHIPS = (8, 16, 64, 256, 512)
-_CHIPS_OF_A_POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256}  # Google Cloud's pages of each
-_SECONDS_A_HOP = 1e-6  # between neighbours
-_BETWEEN_PODS = 3.1e9  # bytes/s of a chip: 200 Gbit/s of a host with eight
+_CHIPS_PER_POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256}  # Google Cloud's page of each
+_SECONDS_PER_HOP = 1e-6  # between neighbours
+_BETWEEN_PODS = 3.1e9  # bytes/s per chip: 200 Gbit/s of a host with eight
 _SECONDS_BETWEEN_PODS = 20e-6
 
 
@@ -42,7 +43,7 @@ def sent(models: list[str]) -> None:
 
   skip_missing_tpu()
   jax.config.update("jax_num_cpu_devices", 8)
-  jax.config.update("jax_disable_most_optimizations", True)  # of arithmetic: quicker to compile
+  jax.config.update("jax_disable_most_optimizations", True)  # those of arithmetic: compiles faster
   kinds = ("all-gather", "reduce-scatter", "all-reduce")
   print(f"| | data x fsdp | {' | '.join(kinds)} | MB in all |\n|---|---|---|---|---|---|")
   for name in models:
@@ -93,8 +94,8 @@ def time(models: list[str], seconds: float) -> None:
 def predict(paths: list[str], times: int) -> None:
   """Prints the efficiency of more chips, each with `times` the images that the plan gives it.
 
-  That of a chip that computes, or waits for its memory, and then sends, at the plan's peaks, with
-  _SECONDS_A_HOP for each hop on the torus, and nothing at the same time.
+  A chip is assumed to compute (or to wait for its memory) and then to send, without overlap, at the
+  plan's peak rates, with _SECONDS_PER_HOP more for each hop on the torus.
   """
   from launch.plan import CHIPS
 
@@ -110,11 +111,11 @@ def predict(paths: list[str], times: int) -> None:
     size = sum(r["operand_bytes"] for r in figures["collectives"] if r["kind"] == "all-reduce")
     cells = []
     for chips in _CHIPS:
-      inside = min(chips, _CHIPS_OF_A_POD[chip])
+      inside = min(chips, _CHIPS_PER_POD[chip])
       sending = 2 * (inside - 1) / inside * size / CHIPS[chip].ici_bandwidth
-      sending += 2 * axes * (inside ** (1 / axes) - 1) * _SECONDS_A_HOP
+      sending += 2 * axes * (inside ** (1 / axes) - 1) * _SECONDS_PER_HOP
       if pods := chips // inside - 1:
-        # Between pods each chip exchanges the part that it has summed.
+        # Between pods each chip exchanges the part that it has reduced.
         sending += 2 * pods / (pods + 1) * size / inside / _BETWEEN_PODS + _SECONDS_BETWEEN_PODS
       cells.append(f"{100 * step / (step + sending):.0f} %")
     local_batch = times * figures["batch_size"] // figures["devices"]
@@ -125,13 +126,13 @@ def predict(paths: list[str], times: int) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
   parser.add_argument("what", choices=("sent", "time", "predict"))
-  parser.add_argument("plans", nargs="*", metavar="PLAN.json", help="of `predict`")
-  parser.add_argument("--times", type=int, default=1, help="the plan's images a chip, in `predict`")
+  parser.add_argument("plans", nargs="*", metavar="PLAN.json", help="for `predict`")
+  parser.add_argument("--times", type=int, default=1, help="factor on the plan's images per chip")
   parser.add_argument(
     "--models", nargs="+", choices=mlp_models.MODELS, default=list(mlp_models.MODELS)
   )
   parser.add_argument(
-    "--seconds", type=float, default=4.0, help="of each of five repeats of `time`"
+    "--seconds", type=float, default=4.0, help="time of each of the five repeats of `time`"
   )
   arguments = parser.parse_args()
   if arguments.what == "sent":

@@ -10,24 +10,24 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
   """The shared recipe, without a model: configs/MODEL.py adds `config.model`."""
   config = ConfigDict()
-  config.seed = 0  # of everything random: initial weights, order, augmentation, dropout
+  config.seed = 0  # for everything random: initial weights, order, augmentation, dropout
   config.epochs = 50  # passes over the training split
-  config.batch_size = 128  # images a step, over all devices together
-  # Images that a device computes at a time; gradients are summed, and the weights updated once.
-  # None: a device's whole share of the batch; on a CPU core `cpu_microbatch` at most.
+  config.batch_size = 128  # images per step, over all devices
+  # Images that a device computes at a time; their gradients are summed for one update of the
+  # weights. None: a device's whole part of the batch; on a CPU core at most `cpu_microbatch`.
   config.microbatch = config_dict.placeholder(int)
-  config.cpu_microbatch = 8  # so few that their activations stay in a core's cache
-  # Steps in one dispatch: more where a step takes less time than the host needs to start it. A
-  # signal waits until they are done; what is left of an epoch is a program of its own.
+  config.cpu_microbatch = 8  # small, so that activations stay in a core's cache
+  # Steps in one dispatch: raise it if a step takes less time than the host needs to start it. A
+  # signal takes effect after them; an epoch's last, shorter call compiles a second program.
   config.steps_per_call = 1
-  config.dtype = "float32"  # of activations and matrix products, or "bfloat16"; weights are float32
+  config.dtype = "float32"  # or "bfloat16": activations, matrix products; weights are float32
   config.compilation_cache = True  # keep compiled steps in ~/.cache/mlp_models for the next run
-  # Keep only each block's inputs for the backward pass and compute the rest again: less memory,
-  # one more forward pass.
+  # Keep only each block's inputs for the backward pass and recompute the rest: less memory, one
+  # more forward pass.
   config.remat = False
 
-  # Devices along each axis; -1: what the other leaves. The batch is cut over both. `fsdp` cuts
-  # parameters and optimizer state, too: less memory, for gathering them in each step.
+  # Devices along each axis; -1: all that the other leaves. The batch is sharded over both. `fsdp`
+  # also shards parameters and optimizer state: less memory, but each step gathers the parameters.
   config.mesh = ConfigDict()
   config.mesh.data = -1
   config.mesh.fsdp = 1
@@ -41,14 +41,14 @@ def get_config() -> ConfigDict:
 
   config.optimizer = ConfigDict()  # AdamW
   config.optimizer.learning_rate = 1e-3
-  config.optimizer.weight_decay = 1e-4  # a step, times the learning rate (Keras 3, optax)
+  config.optimizer.weight_decay = 1e-4  # per step, times the learning rate (Keras 3, optax)
   config.optimizer.independent_weight_decay = False  # True: not times the learning rate (TF Addons)
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.999
   config.optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8
 
   config.plateau = ConfigDict()  # the learning rate falls when val_loss does not
-  config.plateau.factor = 0.5  # by which the learning rate is multiplied; 1.0: never changes
+  config.plateau.factor = 0.5  # multiplies the learning rate; 1.0: it never changes
   config.plateau.patience = 5  # epochs without improvement
   config.plateau.min_delta = 1e-4  # absolute; less than this is no improvement
 
@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
   # Epochs without a new best after which training stops; 0: train all epochs.
   config.early_stop_patience = 10
 
-  config.checkpoint_seconds = 300.0  # between two checkpoints within an epoch; one ends every epoch
+  config.checkpoint_seconds = 300.0  # between checkpoints in an epoch; every epoch ends with one
   return config
 
 
@@ -66,23 +66,23 @@ def _data() -> ConfigDict:
   # PATH/{train,test}/CLASS/*.png or *.jpg.
   data.name = "cifar100"
   data.skip_broken = False  # leave out a folder's images that can't be decoded
-  data.data_dir = ""  # of TFDS; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+  data.data_dir = ""  # TFDS's folder; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
   data.archive = ""  # CIFAR archive on disk to prepare from, instead of a download
-  data.fallback = ""  # set to use if `name` is neither prepared nor to be downloaded
-  # Bytes, of all copies on a host, one for each process; what takes more is streamed from disk.
-  # None: a quarter of the memory.
+  data.fallback = ""  # dataset to use if `name` is not prepared and can't be downloaded
+  # Memory limit in bytes, summed over a host's processes; larger sets are streamed. None: a quarter
+  # of the memory.
   data.in_memory_bytes = config_dict.placeholder(int)
-  # Processes of Grain that decode what is streamed, for each process of JAX. None: half as many as
-  # cores, 16 on a host at most.
+  # Worker processes that decode streamed images, per process of the run. None: half the number of
+  # cores, at most 16 on a host.
   data.workers = config_dict.placeholder(int)
-  data.train_split = "train[:90%]"  # TFDS's notation; the last tenth of "train" validates,
-  data.validation_split = "train[90%:]"  # as Keras' validation_split=0.1 has it
+  data.train_split = "train[:90%]"  # in TFDS's notation
+  data.validation_split = "train[90%:]"  # the last tenth, as with Keras' validation_split=0.1
   data.test_split = "test"
   return data
 
 
 def apply_variant(config: ConfigDict, variant: str | None, variants: dict[str, dict]) -> ConfigDict:
-  """Returns `config` with the overrides of `variants[variant]` (dotted keys); None: as it is.
+  """Returns `config` with the overrides of `variants[variant]` (dotted keys); None: unchanged.
 
   Raises:
     ValueError: the variant is not among `variants`.
@@ -93,7 +93,7 @@ def apply_variant(config: ConfigDict, variant: str | None, variants: dict[str, d
   return config
 
 
-# A run of seconds that goes through everything: 512 images, two epochs.
+# A run of a few seconds that uses everything: 512 images, two epochs.
 SMOKE = {
   "epochs": 2,
   "batch_size": 64,

@@ -2,10 +2,10 @@
 
     python -m train.main --config configs/perceiver.py --workdir runs/perceiver
 
-9,697,637 parameters, 31 GFLOP an image and training step. Keras publishes 53 % top-1, 81 % top-5
+9,697,637 parameters, 31 GFLOP per image and step. Keras publishes 53 % top-1, 81 % top-5
 after 40 epochs (with weight decay not multiplied by the learning rate:
 --config.optimizer.independent_weight_decay=True). Variants: small (for a laptop), smoke (seconds),
-imagenet (the paper's size, for a TPU slice; docs/planning.md says of which).
+imagenet (the paper's size, for a TPU slice; docs/planning.md says which).
 """
 
 from configs import default
@@ -19,15 +19,15 @@ def get_config(variant=None):
     "patch_size": 2,  # pixels a side: 1,024 tokens
     "width": 256,  # channels of a token and of a latent
     "num_latents": 256,
-    "num_heads": 8,  # in the latent blocks, each as wide as the model; cross-attention has one
+    "num_heads": 8,  # in latent blocks, each as wide as the model; cross-attention has one
     "num_blocks": 4,  # latent blocks after each cross-attention
-    "num_iterations": 2,  # of cross-attention and latent blocks, with the same weights
+    "num_iterations": 2,  # repeats of cross-attention and latent blocks, with the same weights
     "ffn_units": (256, 256),  # widths of the layers of each feed-forward network
     "attention_dropout_rate": 0.1,
     "dropout_rate": 0.2,
   }
   config.batch_size = 64
-  config.cpu_microbatch = 4  # 2 and 8 are 11 and 5 % slower
+  config.cpu_microbatch = 4  # the fastest gradients
   config.optimizer.learning_rate = 1e-3
   config.plateau.factor = 0.2
   config.plateau.patience = 3
@@ -44,7 +44,7 @@ SMALL = {
   "model.num_blocks": 2,
   "model.ffn_units": (128, 128),
   # At 1e-3 these sizes fall back to chance in their second epoch; built with Keras' layers they
-  # get no further than 2 % top-1 in the first.
+  # reach at most 2 % top-1 in the first.
   "optimizer.learning_rate": 3e-4,
 }
 SMOKE = {
@@ -56,23 +56,23 @@ SMOKE = {
   "model.num_blocks": 2,
   "model.ffn_units": (32, 32),
 }
-# The sizes of the paper's section 4.1, and what DeepMind's code has beside them
+# Sizes from the paper's section 4.1, the rest from DeepMind's code
 # (github.com/google-deepmind/deepmind-research, perceiver/train/experiment.py). The recipe is
-# ours, and untried.
+# ours, and untested.
 IMAGENET = {
   "data.name": "imagenet2012",
   "data.train_split": "train[:99%]",
   "data.validation_split": "train[99%:]",
-  "data.test_split": "validation",  # ImageNet's labels of "test" are not public
+  "data.test_split": "validation",  # the labels of ImageNet's "test" are not public
   "epochs": 120,
   "batch_size": 1024,
   "dtype": "bfloat16",
-  "microbatch": 4,  # keys and values of an image alone are 0.2 GB
+  "microbatch": 4,  # one image's keys and values alone take 0.2 GB
   "model.image_size": 224,
   "model.patch_size": 1,  # 50,176 tokens
   "model.width": 1024,
   "model.num_latents": 512,
-  "model.num_heads": 1,  # as wide as the model; the paper's 8 are an eighth of that
+  "model.num_heads": 1,  # as wide as the model; the paper has 8, each an eighth as wide
   "model.num_blocks": 6,
   "model.num_iterations": 8,
   "model.ffn_units": (1024, 1024),

@@ -1,4 +1,4 @@
-"""What some tests need beside the clone: the only reasons for which a test is skipped.
+"""What some tests need besides the clone: the only reasons to skip a test.
 
 A test says so with `@pytest.mark.needs(what="cifar100")`. conftest.py looks before any test runs,
 and fails a test that skips itself. REQUIRE="cifar100 keras" turns a missing need into an error.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 class Need(NamedTuple):
   is_here: bool
-  reason: str  # for which a test is skipped that needs it
+  reason: str  # to skip a test that needs it
 
 
 def _has(package: str) -> bool:
@@ -29,7 +29,7 @@ def _cifar100_dir() -> Path | None:
   return None
 
 
-CIFAR100_DIR = _cifar100_dir()  # of TFDS, with real CIFAR-100 prepared; None: there is none
+CIFAR100_DIR = _cifar100_dir()  # TFDS's folder with CIFAR-100 prepared; None: not found
 
 NEEDS = {
   "cifar100": Need(

@@ -12,15 +12,15 @@ from conftest import SHAPES100_DIR
 from train.run import metrics
 
 REPOSITORY = Path(__file__).parents[1]
-CLOCK = ("images_per_second", "seconds")  # what differs between two equal runs
+CLOCK = ("images_per_second", "seconds")  # these differ between two equal runs
 
 
 def numbers(folder: Path) -> list[dict]:
-  """What metrics.jsonl holds, without the clock."""
+  """The rows of metrics.jsonl, without CLOCK."""
   return [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics.read(folder)]
 
 
-# On the fixture shapes100: 40 steps an epoch, a checkpoint every few steps.
+# On the fixture shapes100: 40 steps per epoch, a checkpoint every few steps.
 COMMAND = [
   sys.executable,
   *("-m", "train.main", "--config", "configs/mixer.py:smoke"),
@@ -34,12 +34,12 @@ COMMAND = [
 def start(
   folder: Path, *flags: str, devices: int = 2, command: Sequence[str] = COMMAND
 ) -> subprocess.Popen:
-  """A run of train.main, or of what `command` says, in the workdir `folder`."""
+  """Starts train.main, or another `command`, in the workdir `folder`."""
   return run(*command, "--workdir", str(folder), *flags, devices=devices)
 
 
 def run(*command: str, devices: int = 2) -> subprocess.Popen:
-  """A command on so many CPU devices."""
+  """Starts a command with this number of CPU devices."""
   return subprocess.Popen(
     command,
     cwd=REPOSITORY,

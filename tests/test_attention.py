@@ -1,4 +1,4 @@
-"""Attention against the papers' formulas, with gradients, on every platform's form."""
+"""Attention and its gradients against the papers' formulas, in the form of every platform."""
 
 import zlib
 
@@ -40,7 +40,7 @@ def test_attention_and_its_gradients_are_those_of_the_written_out_softmax(rate):
 
 
 def self_attention(head_dim):
-  """Three heads over tokens of 8 channels, rate 0.3: their layer, weights, tokens and gradient."""
+  """A layer of three heads with rate 0.3, its weights, tokens of 8 channels and a gradient."""
   layer = SelfAttention(3, head_dim, 0.3, jnp.float32)
   x, gradient = jax.random.normal(jax.random.key(0), (2, 2, 5, 8))
   shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
@@ -49,7 +49,7 @@ def self_attention(head_dim):
 
 
 def head_by_head(layer, weights, x, seeds):
-  """Self-attention as the papers write it, but that the masks are those of `layer`."""
+  """Self-attention as the papers write it, with the dropout masks of `layer`."""
   params = weights["params"]
   heads = {
     name: jnp.einsum("btd,dnk->bntk", x, params[name]["kernel"]) + params[name]["bias"][:, None]
@@ -69,7 +69,7 @@ def head_by_head(layer, weights, x, seeds):
 def test_self_attention_is_that_of_the_papers_whatever_the_width_of_heads(
   head_dim, seeds, platform, monkeypatch
 ):
-  if platform == "others":  # take the form for accelerators on this CPU
+  if platform == "others":  # use the form for accelerators on this CPU
     monkeypatch.setattr(
       jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands)
     )
@@ -86,7 +86,7 @@ def test_self_attention_is_that_of_the_papers_whatever_the_width_of_heads(
 def test_wide_heads_take_half_of_the_dense_layers_operations():
   def flops(head_dim, width):
     layer = SelfAttention(4, head_dim, 0.0, jnp.float32)
-    x = jnp.zeros((64, 2, width))  # so few tokens that the attention itself costs little
+    x = jnp.zeros((64, 2, width))  # few tokens, so that the attention itself costs little
     weights = jax.eval_shape(layer.init, jax.random.key(0), x)
     return jax.jit(layer.apply).lower(weights, x).cost_analysis()["flops"]
 

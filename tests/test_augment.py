@@ -1,4 +1,4 @@
-"""Augmentation against Keras' numbers, against its definition, and the factors' distribution."""
+"""Augmentation against Keras' numbers and its definition, and the distribution of its factors."""
 
 from functools import partial
 
@@ -42,7 +42,7 @@ def _keras_preprocess(images, image_size):
 
 
 def _keras_affine(images, angle, height, width):
-  """RandomRotation, then RandomZoom: each an affine map of output to input places."""
+  """RandomRotation, then RandomZoom, each an affine map from output to input coordinates."""
   S = images.shape[1]
   y, x = np.meshgrid(np.arange(S), np.arange(S), indexing="ij")
   if angle:
@@ -56,7 +56,7 @@ def _keras_affine(images, angle, height, width):
 
 
 def _sample(images, y, x, fill):
-  """Bilinear, from the four pixels around each place; `fill` names pixels outside the image."""
+  """Bilinear, from the four pixels around each place; `fill` maps indices outside the image."""
   S = images.shape[1]
   result = 0.0
   for dy in (0, 1):

@@ -1,4 +1,4 @@
-"""Batches: every image once, in an order that only seed and number decide, from memory or disk."""
+"""Batches from memory or disk: every image once, in an order of seed and number alone."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def numbered(n):
 
 
 def kept(batches):
-  """Labels of the rows that count, in order."""
+  """Labels of the rows whose mask is True, in order."""
   return np.concatenate([batch["label"][batch["mask"]] for batch in batches])
 
 
@@ -112,7 +112,7 @@ def test_prefetch_reads_no_further_ahead_than_told():
 
 
 def splits(**overrides) -> data.Dataset:
-  """Of the fixture shapes100."""
+  """The splits of the fixture shapes100."""
   config = default.get_config().data
   config.name, config.data_dir = "shapes100", str(SHAPES100_DIR)
   config.train_split, config.test_split = "train[:600]", "test[:150]"

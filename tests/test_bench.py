@@ -1,4 +1,4 @@
-"""What the bench says of a step is so."""
+"""The figures of train.bench are right."""
 
 import importlib
 import json
@@ -74,7 +74,7 @@ def test_flops_are_those_of_the_matrix_products():
   forward = 2 * (tokens * patch * width + mixing + width * 100)
   count = flops("mixer")
   assert 3 * forward < count < 1.15 * 3 * forward
-  # How the batch is cut, and what is computed twice, is no part of the work.
+  # Neither microbatches nor recomputation change the count.
   config = importlib.import_module("configs.mixer").get_config()
   config.microbatch, config.remat = 2, True
   assert cost.flops_per_image(config, INFO) == count
@@ -85,7 +85,7 @@ def test_perceivers_cost_is_linear_in_the_tokens_and_vits_is_not():
     few, many = (flops(name, image_size=64, patch_size=p, **sizes) for p in (2, 1))
     return many / few
 
-  # Four times as many tokens. The latents' own blocks cost the same at any number of tokens.
+  # Four times as many tokens. The cost of the latents' own blocks does not depend on them.
   assert growth("perceiver") < 2
   assert growth("perceiver", num_blocks=1, num_latents=32) < 4
   assert growth("vit", pool="mean") > 10
@@ -124,7 +124,7 @@ def test_sweep_writes_numbers_and_a_picture(shapes100, tmp_path, monkeypatch, ca
   bench.main()
   rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
   assert [row["batch"] for row in rows] == [16, 64]
-  # The optimizer's share of each image falls with the batch, and nothing else.
+  # A larger batch reduces only the optimizer's operations per image.
   assert 1 < rows[0]["flops_per_image"] / rows[1]["flops_per_image"] < 1.05
   assert Image.open(tmp_path / "sweep.png").width > 500
   assert "GFLOP" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Runs whose workdir is in a bucket: a real server of Google Cloud Storage's protocol, here."""
+"""Runs whose workdir is in a bucket, on a local server of Google Cloud Storage's protocol."""
 
 import contextlib
 import importlib.util
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.needs(what="gcs")
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-  """The URL of an empty bucket; gcsfs and orbax are told where its server is."""
+  """The URL of an empty bucket; points gcsfs and orbax to its server."""
   package = Path(importlib.util.find_spec(_SERVER).origin).parent
   (binary,) = package.glob("vendor/fake-gcs-server/bin/*")
   port = free_port()

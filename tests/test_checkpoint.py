@@ -1,4 +1,4 @@
-"""Saves in the background do not overlap, and are read by the version that wrote them."""
+"""Background saves do not overlap, and only the version that wrote a checkpoint reads it."""
 
 import json
 import shutil
@@ -44,8 +44,8 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(
 ):
   folder = tmp_path / "run"
   shutil.copytree(finished_run, folder)
-  (folder / "summary.json").unlink()  # or there is nothing to go on with
-  if by == "0.1":  # which knew no versions
+  (folder / "summary.json").unlink()  # only an unfinished run is resumed
+  if by == "0.1":  # which saved no version
     path = folder / "checkpoints" / "last" / "27" / "_CHECKPOINT_METADATA"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {}}))
   else:

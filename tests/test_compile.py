@@ -1,4 +1,4 @@
-"""How JAX is started: devices, options, caches and memory, and nothing on stderr without a TPU."""
+"""How JAX starts: devices, options, caches and memory, and an empty stderr without a TPU."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 def start_jax(expression: str, statements: str = "", **environment: str) -> str:
-  """What `expression` prints in a new process whose JAX was set up for the default config."""
+  """The value of `expression`, printed by a new process with JAX set up for the default config."""
   code = (
     "from configs import mixer; from train.devices.compile import start_jax; import jax, os; "
     f"start_jax(mixer.get_config())\n{statements}\nprint({expression})"
@@ -64,7 +64,7 @@ def page_faults():
 
 before = page_faults()
 """
-  # Of 11,520 pages at a time, glibc by itself gives two thirds back to the system.
+  # By default glibc returns two thirds of the 11,520 pages to the system each time.
   assert int(start_jax("page_faults() - before", statements)) < 1000
 
 
@@ -76,7 +76,7 @@ register_backend_factory("tpu", lambda: print("tried"), priority=300)
 
 
 def devices(root: Path, **environment: str) -> list[str]:
-  """What a new process prints that looks for devices, with libtpu installed or not."""
+  """The platform that a new process prints, as if libtpu were installed, with `root` as /."""
   code = (
     f"{TPU}\n"
     "from pathlib import Path; from train.devices.compile import skip_missing_tpu; import jax\n"

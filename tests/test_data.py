@@ -1,4 +1,4 @@
-"""Reading datasets, cutting them in batches, and what is said when a dataset can't be used."""
+"""Reading datasets, and the messages about datasets that can't be used."""
 
 import io
 import os
@@ -54,14 +54,14 @@ def cifar100():
 
 @pytest.fixture
 def to_damage(shapes100, tmp_path):
-  """The folder of a shapes100 of one's own, to be damaged."""
+  """The folder of a copy of shapes100 that a test may damage."""
   folder = tmp_path / "shapes100" / "1.0.0"
   shutil.copytree(shapes100 / "shapes100" / "1.0.0", folder)
   return folder
 
 
 class TinyPhotos(tfds.core.GeneratorBasedBuilder):
-  """Twelve grey and colour images, each of another size; label = index % 3."""
+  """Twelve grey and colour images of different sizes; label = index % 3."""
 
   VERSION = tfds.core.Version("1.0.0")
 
@@ -212,7 +212,7 @@ def test_an_unknown_dataset_is_one_line():
 
 def test_without_network_one_message_within_15_seconds(tmp_path):
   start = time.monotonic()
-  # A proxy that is not there: the same answer on machines with and without a network.
+  # A proxy that does not exist gives the same error with and without a network.
   result = run_cli(
     "show", "--config", "configs/mixer.py", TFDS_DATA_DIR=str(tmp_path), https_proxy="127.0.0.1:9"
   )

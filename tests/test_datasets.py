@@ -1,4 +1,4 @@
-"""The datasets that are prepared here: CIFAR from its archive, and the embedded one."""
+"""The datasets with our own builders: CIFAR from its archive, and the embedded one."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ def write_archive(path, files):
 
 
 def to_binary(labels, images):
-  """Images in CIFAR's binary layout: label bytes [N, 1 or 2], then the planes of each image."""
+  """Images in CIFAR's binary layout: 1 or 2 label bytes, then the planes, of each image."""
   planes = np.asarray(images).transpose(0, 3, 1, 2).reshape(len(images), -1)
   return np.concatenate([np.asarray(labels, np.uint8), planes], axis=1).tobytes()
 
@@ -41,14 +41,14 @@ def names(kind, n):
 
 
 def take_for_published(path, classes, monkeypatch):
-  """Puts an archive's checksum in the place of the published one, in TFDS's records."""
-  recorded = checksums.get_all_url_infos()  # cached: everybody gets this same dictionary
+  """Replaces the published checksum in TFDS's records by that of the archive at `path`."""
+  recorded = checksums.get_all_url_infos()  # cached: all callers get this dictionary
   monkeypatch.setitem(recorded, URL.format(classes), checksums.compute_url_info(path))
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-  """A small archive in CIFAR-100's layout, taken for the published one; and its images."""
+  """A small archive in CIFAR-100's layout, accepted as the published one, and its images."""
   images = {"train": random_images(40, 0), "test": random_images(20, 1)}
   files = {
     f"cifar-100-binary/{split}.bin": to_binary(
@@ -142,7 +142,7 @@ def test_cifar10_from_an_archive_on_disk(tmp_path, monkeypatch):
 
 @pytest.mark.needs(what="cifar100")
 def test_real_cifar100_survives_the_way_through_an_archive(tmp_path, monkeypatch):
-  """The real test split, packed as published, prepared from there: the same images a class."""
+  """Packs the real test split as published and prepares it: each class keeps its images."""
   source = tfds.builder("cifar100", data_dir=CIFAR100_DIR).as_data_source("test")
   examples = [source[index] for index in range(1000)]
   binary = to_binary(
@@ -191,7 +191,7 @@ def test_shapes100_classes_differ_in_shape_and_texture():
   assert len(shapes100.CLASS_NAMES) == len(set(shapes100.CLASS_NAMES)) == 100
   assert shapes100.CLASS_NAMES[:2] == ("circle, plain", "circle, striped")
   # A plain object has one colour and its background another; a halved one has two.
-  # Bars are small, circles large: how far a pixel is from the corner's colour tells them apart.
+  # Bars are small, circles large: the distance from the corner's colour tells them apart.
   difference = abs(images.astype(int) - np.median(images, axis=(1, 2), keepdims=True)).max(axis=-1)
   area = np.mean(difference > 50, axis=(1, 2))
   bars, circles = labels // 10 == 9, labels // 10 == 0

@@ -28,7 +28,7 @@ class Layers(nn.Module):
 
 
 def drop(x, rate):
-  """A layer of its own, for four examples."""
+  """Applies a single Dropout layer to four examples."""
   return Dropout(rate).apply({}, x, rngs=stream(jnp.arange(4, dtype=jnp.uint32)))
 
 
@@ -147,11 +147,11 @@ def test_remat_drops_the_same_elements():
     return y
 
   np.testing.assert_array_equal(kept(nn.remat(Dropout)), kept(Dropout))
-  assert 0.2 < np.mean(kept(Dropout) > 0) < 0.3  # the two calls have masks of their own
+  assert 0.2 < np.mean(kept(Dropout) > 0) < 0.3  # the two calls have different masks
 
 
 def test_evaluation_after_training_drops_nothing():
-  """A model that is called twice in one `apply` starts anew each time."""
+  """The second call of a model in one `apply` is independent of the first."""
 
   class Twice(nn.Module):
     @nn.compact

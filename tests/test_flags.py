@@ -1,4 +1,4 @@
-"""What a mistyped command line says: one line, before anything is loaded."""
+"""A mistyped command line ends with one line of error, before anything is loaded."""
 
 import sys
 
@@ -33,9 +33,9 @@ BAD = [
 def test_bad_flag_is_one_line(flag, message, status, monkeypatch, capsys, tmp_path):
   workdir = tmp_path / "run"
   argv = ["train.main", "--config", "configs/mixer.py", "--workdir", str(workdir), flag]
-  argv.append("--processes=1")  # looking for others must come before JAX's backend has started
+  argv.append("--processes=1")  # JAX's backend has started: too late to look for other processes
   monkeypatch.setattr(sys, "argv", argv)
-  monkeypatch.setattr("train.main.start_jax", lambda config: None)  # conftest's eight
+  monkeypatch.setattr("train.main.start_jax", lambda config: None)  # keep conftest's eight devices
   with pytest.raises(SystemExit) as exit:
     main.main()
   error = capsys.readouterr().err

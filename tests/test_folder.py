@@ -1,4 +1,4 @@
-"""Image folders: what is in them, what is broken, and that no image is lost around a kill."""
+"""Image folders: their contents, broken images, and no image lost when a run is killed."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def make_folder(path: Path, train: int = 8, test: int = 3) -> Path:
       folder.mkdir(parents=True)
       for i in range(count):
         pixels = rng.integers(0, 256, (20 + i, 40 - i, 3), dtype=np.uint8)
-        pixels[:] = 80 * label  # the class shows in the shade
+        pixels[:] = 80 * label  # a shade per class
         image = Image.fromarray(pixels).convert("L" if i % 3 == 0 else "RGB")
         image.save(folder / f"{i}.{('png', 'jpg', 'JPEG')[i % 3]}")
   (path / "train" / "cat" / "notes.txt").write_text("no image")
@@ -79,7 +79,7 @@ def test_an_image_that_is_added_moves_no_other(tmp_path):
 def test_broken_images_are_listed_or_skipped(tmp_path, capsys):
   make_folder(tmp_path)
   torn, empty = tmp_path / "train" / "dog" / "1.jpg", tmp_path / "test" / "owl" / "0.png"
-  torn.write_bytes(torn.read_bytes()[:-60])  # OpenCV would fill it up with grey
+  torn.write_bytes(torn.read_bytes()[:-60])  # OpenCV would fill the rest with grey
   empty.write_bytes(b"")
   with pytest.raises(DataError) as error:
     data.describe(folder_config(tmp_path))
@@ -136,7 +136,7 @@ if __name__ == "__main__":
 
 
 def test_no_image_is_skipped_or_repeated_around_a_kill(tmp_path):
-  # 150 classes of one image: a label is an image's number. 10 steps an epoch.
+  # 150 classes of one image each, so that a label names an image. 10 steps per epoch.
   for i in range(150):
     folder = tmp_path / "images" / "train" / f"{i:03}"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The models against Keras' numbers: tests/golden/README.md says what they are."""
+"""The models against Keras' numbers, which tests/golden/README.md describes."""
 
 import json
 
@@ -25,7 +25,7 @@ PARAMETERS = {
 
 
 def overrides(name, config):
-  """What a golden file calls its sizes, in our words."""
+  """The sizes in a golden file, under our names."""
   sizes = {
     "image_size": config["image_size"],
     "patch_size": config["patch"],

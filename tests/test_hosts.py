@@ -1,4 +1,4 @@
-"""Several real processes train like one, end together, and go on on other devices."""
+"""Several real processes train like one, stop together, and resume on other devices."""
 
 import os
 import signal
@@ -15,18 +15,18 @@ from test_folder import make_folder
 
 from train.run import metrics
 
-STEPS = 40  # an epoch
+STEPS = 40  # per epoch
 
 
 def on_processes(processes: int, devices: int) -> list[str]:
-  """The command of test_loop on several processes, which take longer for a checkpoint."""
+  """runs.COMMAND on several processes, with fewer checkpoints, which take them longer."""
   launcher = [sys.executable, "-m", "launch.local", "--processes", str(processes)]
   launcher += ["--devices-per-process", str(devices), "--"]
   return [*launcher, *COMMAND[3:], "--config.checkpoint_seconds=0.3"]
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-  """Until a checkpoint of a later step is there."""
+  """Waits for a checkpoint after `step`."""
   deadline = time.monotonic() + 120
   while saved_step(folder) <= step:
     assert process.poll() is None, process.communicate()
@@ -55,7 +55,7 @@ def assert_same_curves(folder: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def on_one_process(shapes100, tmp_path_factory) -> Path:
-  """The workdir of a run that one process with four devices has finished undisturbed."""
+  """The workdir of an uninterrupted run in one process with four devices."""
   folder = tmp_path_factory.mktemp("runs") / "one"
   process = start(folder, devices=4)
   output = process.communicate(timeout=200)
@@ -91,7 +91,7 @@ def test_two_processes_are_killed_restarted_and_equal_one(on_one_process, tmp_pa
 @pytest.mark.parametrize(
   ("name", "flags"),
   [
-    ("mixer", ["--config.model.width=128"]),  # wide enough for weights that are cut
+    ("mixer", ["--config.model.width=128"]),  # wide enough to shard weights
     ("vit", ["--config.optimizer.learning_rate=3e-4"]),
   ],
 )
@@ -124,7 +124,7 @@ def test_run_moves_between_meshes_and_processes(shapes100, name, flags, tmp_path
 
 
 def errors_of_two(folder: Path, flags_of: Callable[[int], list[str]]) -> list[str]:
-  """What two processes say that fail, each with its own flags."""
+  """The stderr of two processes that fail, each with its own flags."""
   coordinator = f"localhost:{free_port()}"
   processes = [
     start(
@@ -147,7 +147,7 @@ def test_processes_that_differ_in_their_config_do_not_train(shapes100, tmp_path)
 
 def test_processes_tell_each_other_which_images_are_broken(shapes100, tmp_path):
   path = make_folder(tmp_path / "images")
-  broken = sorted((path / "train" / "dog").iterdir())[:4]  # two in the share of each process
+  broken = sorted((path / "train" / "dog").iterdir())[:4]  # two for each process to find
   for file in broken:
     file.write_bytes(file.read_bytes()[:50])
   for error in errors_of_two(tmp_path / "run", lambda _: [f"--config.data.name=folder:{path}"]):

@@ -1,4 +1,4 @@
-"""The measures of the house: how long files and functions are, and how imports run."""
+"""Limits on the length of files and functions, and on the chains of imports."""
 
 import ast
 import functools

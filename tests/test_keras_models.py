@@ -1,6 +1,6 @@
 """The Keras models that `benchmarks/compare_keras.py` times, against Keras' golden numbers.
 
-Skipped without the extra [bench], which is larger than all the rest together.
+Skipped without the extra [bench], which is larger than all other dependencies together.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Weights by canonical name: there and back at any size, and an error that names the culprit."""
+"""Weights by canonical name: a round trip at any size, and errors that name the wrong weight."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_names_are_the_paths_of_the_parameters_at_any_size(name, overrides):
   model = mlp_models.create(name, **overrides)
   images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-  # One number seen as an array of any shape: this test looks at names and shapes alone.
+  # One number broadcast to any shape: this test checks only names and shapes.
   params = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
   weights = keras_weights.from_params(name, params)
   again = jax.eval_shape(lambda: keras_weights.to_params(name, weights))

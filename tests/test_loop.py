@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, how they stop, and that they go on unharmed."""
+"""Whole runs: what they write, how they stop, and that they resume unharmed."""
 
 import json
 import shutil
@@ -105,7 +105,7 @@ def test_divergence_ends_the_run_with_advice(smoke_config, tmp_path, steps_per_c
   assert metrics.read_summary(tmp_path) is None
 
 
-# Real processes and real signals from here on. 40 steps an epoch, a checkpoint every few steps.
+# Real processes and signals from here on. 40 steps per epoch, a checkpoint every few steps.
 
 
 def wait_until_in_mid_epoch(process: subprocess.Popen, folder: Path, first_step: int) -> None:
@@ -187,7 +187,7 @@ def test_signal_during_compilation_or_validation_is_obeyed_at_once(uninterrupted
   # Validation of 5,000 images takes longer than the 40 steps before it.
   folder = tmp_path / "run"
   process = start(folder)
-  while not list(folder.glob("checkpoints/last")):  # made right before reading and compiling
+  while not list(folder.glob("checkpoints/last")):  # created right before reading and compiling
     assert process.poll() is None, process.communicate()
     time.sleep(0.005)
   process.terminate()
@@ -210,7 +210,7 @@ def test_signal_during_compilation_or_validation_is_obeyed_at_once(uninterrupted
 
 @pytest.mark.slow
 def test_unfinished_epoch_beyond_the_checkpoint_is_run_again(uninterrupted, tmp_path):
-  # As if killed after the epoch's row was written and before its checkpoint was complete.
+  # As if killed after writing the epoch's row, but before completing its checkpoint.
   folder = tmp_path / "run"
   process = start(folder)
   wait_until_in_mid_epoch(process, folder, first_step=2)
@@ -238,7 +238,7 @@ def test_out_of_memory_names_three_knobs(shapes100, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["mixer.py", "vit.py:small"])
 def test_bfloat16_learns_what_float32_learns(config, tmp_path):
-  # Images by heart: half-way up a learning curve two seeds differ by more than two dtypes.
+  # The run memorises its images: half-way there, seeds would differ more than dtypes do.
   flags = {"batch_size": 50, "epochs": 15, "optimizer.learning_rate": 5e-4}
   flags |= {"augment.flip": False, "augment.zoom": 0.0, "augment.rotation": 0.0}
   flags |= {"data.name": "shapes100", "data.data_dir": tmp_path / "data"}

@@ -1,4 +1,4 @@
-"""How many devices a CPU is, and how many images each computes at a time."""
+"""The number of CPU devices, and of images that each computes at a time."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""What a run leaves in its workdir and shows on the terminal."""
+"""What a run writes to its workdir and shows on the terminal."""
 
 import contextlib
 import json
@@ -188,7 +188,7 @@ def test_curves_of_a_run_that_breaks_off_show_its_last_epoch(tmp_path, monkeypat
       for epoch in (1, 2, 3):
         writer.epoch(_row(epoch))
       raise KeyboardInterrupt
-  assert drawn == [1, 3]  # the first at once, the others too soon after it
+  assert drawn == [1, 3]  # the first at once, the others at the end
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
@@ -237,7 +237,7 @@ def test_without_a_terminal_progress_is_plain_lines():
   assert "\r" not in run.stderr and "\x1b" not in run.stderr
   for line in lines:
     assert line.startswith("epoch 2/2  step ")
-    assert 500 < float(line.split()[4]) < 1300  # images/s; 1,280 but for the machine's load
+    assert 500 < float(line.split()[4]) < 1300  # images/s; 1,280 on an idle machine
     assert line.endswith("left")
     assert len(line) <= 80
 
@@ -249,7 +249,7 @@ def test_on_a_terminal_progress_is_a_bar_of_at_most_80_columns():
   )
   os.close(theirs)
   shown = b""
-  with contextlib.suppress(OSError):  # how Linux says that the other side has closed
+  with contextlib.suppress(OSError):  # Linux raises it once the other side has closed
     while chunk := os.read(ours, 4096):
       shown += chunk
   os.close(ours)
@@ -258,6 +258,6 @@ def test_on_a_terminal_progress_is_a_bar_of_at_most_80_columns():
   frames = shown.replace("\n", "\r").split("\r")
   bars = [frame for frame in frames if "epoch 2/2" in frame]
   assert any("images/s" in bar and bar.rstrip().endswith("left") for bar in bars)
-  assert " 50 % |" in bars[0]  # what an earlier run has done counts
+  assert " 50 % |" in bars[0]  # the steps of an earlier run count
   assert max(map(len, frames)) <= 80
   assert "\rthe epoch's numbers\r\n" in shown

@@ -219,7 +219,7 @@ def test_tokens_are_mixed_alike_on_every_platform():
 
 def test_standardize_and_its_gradient_are_those_of_the_formula():
   x, gradient = jax.random.normal(jax.random.key(0), (2, 3, 4, 16))
-  x = (5 * x + 20).at[0, 0].set(7.0)  # a mean beside which the deviation is small, and none at all
+  x = (5 * x + 20).at[0, 0].set(7.0)  # deviations that are small beside the mean, and zero
 
   def formula(x):
     deviation = x - x.mean(axis=-1, keepdims=True)
@@ -228,14 +228,14 @@ def test_standardize_and_its_gradient_are_those_of_the_formula():
   expected, expected_gradient = jax.vjp(formula, x)
   actual, actual_gradient = jax.vjp(kernels.standardize, x)
   np.testing.assert_allclose(actual, expected, atol=1e-3)
-  # Where all are equal, the factor is 1,000.
+  # Equal elements are multiplied by 1,000: 1 / sqrt(1e-6).
   for place, tolerance in ((np.s_[0, 0], 1.0), (np.s_[1:], 1e-4)):
     a, b = actual_gradient(gradient)[0][place], expected_gradient(gradient)[0][place]
     np.testing.assert_allclose(a, b, atol=tolerance)
 
 
 def test_parameters_start_as_in_keras():
-  @jax.jit  # which leaves out what is not returned
+  @jax.jit  # drops computations whose result is not returned
   def start(key):
     params = {
       name: small(name).init(key, images())["params"] for name in ("perceiver", "gmlp", "mixer")

@@ -1,4 +1,4 @@
-"""The optimizer against AdamW by hand, plateau and early stopping against Keras' decisions."""
+"""The optimizer against a hand-written AdamW; plateau and early stopping against Keras."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Planning for a TPU slice: what is asked of the compiler, and what is made of its answer."""
+"""Planning for a TPU slice: what the compiler is asked, and the plan made from its answer."""
 
 import json
 import os
@@ -19,7 +19,7 @@ needs_libtpu = pytest.mark.needs(what="libtpu")
 
 
 def run_plan(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-  """The command in a process of its own: libtpu's backend must not meet that of the tests."""
+  """Runs the command in its own process: libtpu's backend must not meet that of the tests."""
   command = [sys.executable, "-m", "launch.plan", "--config", "configs/mixer.py", *arguments]
   return subprocess.run(
     command,
@@ -39,7 +39,7 @@ def test_mixer_is_compiled_for_a_slice_that_is_not_there():
   assert (figures["devices"], figures["params"]) == (4, 242_788)
   assert (figures["batch_size"], figures["microbatch"]) == (128, 32)
   assert figures["fits"]
-  # Three copies of the parameters are the least: the optimizer has two more.
+  # At least three copies of the parameters: the optimizer has two.
   assert 3 * 4 * 242_788 < figures["state_gib"] * 2**30 < figures["used_gib"] * 2**30 < 2**28
   assert figures["available_gib"] == 15.75
   sums = 4 * 4  # loss, two kinds of hits, examples
@@ -70,7 +70,7 @@ def test_mixer_is_compiled_for_a_slice_that_is_not_there():
 
 @needs_libtpu
 def test_what_does_not_fit_is_said_with_the_numbers():
-  # 250,000 images a device: what one layer gives takes 16 GB.
+  # 250,000 images per device: the output of one layer takes 16 GB.
   process = run_plan(
     "--topology=v5e:2x2", "--config.batch_size=1000000", "--config.model.num_blocks=1"
   )

@@ -19,7 +19,7 @@ from train.step import make_eval_step
 def run(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
   """Exit status, stdout and stderr of a module's main."""
   monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-  monkeypatch.setattr("train.evaluate.start_jax", lambda config: None)  # conftest's eight
+  monkeypatch.setattr("train.evaluate.start_jax", lambda config: None)  # keep eight devices
   status = 0
   try:
     module.main()
@@ -105,7 +105,7 @@ def test_unreadable_image_is_reported_and_the_others_answered(
 ):
   broken, photo = tmp_path / "broken.png", tmp_path / "photo.jpg"
   broken.write_bytes(pngs[0][0].read_bytes()[:300])
-  Image.fromarray(np.full((90, 160), 99, np.uint8)).save(photo)  # grey, and of another shape
+  Image.fromarray(np.full((90, 160), 99, np.uint8)).save(photo)  # grey, of another size
   missing = tmp_path / "no.png"
   arguments = ("--workdir", finished_run, broken, missing, photo)
   status, out, error = run(predict, monkeypatch, capsys, *arguments)

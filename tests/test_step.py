@@ -1,4 +1,4 @@
-"""The train step does the same whatever the mesh and the microbatch, and what a plain step does."""
+"""The train step gives the result of a plain step, whatever the mesh and the microbatch."""
 
 import functools
 import importlib
@@ -55,7 +55,7 @@ def mesh_of(data: int, fsdp: int = 1):
 
 
 def run_steps(config, mesh, microbatch: int, batches: list[dict], state=None):
-  """Losses of each step and the last state, on a mesh or on a mesh of so many devices."""
+  """The loss of each step and the last state; `mesh` is a mesh or a number of devices."""
   mesh = mesh_of(mesh) if isinstance(mesh, int) else mesh
   step = make_train_step(config, 100, microbatch, mesh)
   state = state or new_state(config)
@@ -69,7 +69,7 @@ def run_steps(config, mesh, microbatch: int, batches: list[dict], state=None):
 
 @pytest.fixture(autouse=True)
 def fast_compilation():
-  """Compiles in half the time, to slower code; what is computed is the same."""
+  """Compiles faster, to slower code with the same results."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
@@ -77,7 +77,7 @@ def fast_compilation():
 
 @pytest.fixture
 def cut_all(monkeypatch):
-  """Small parameters are cut over "fsdp", too, as those of larger models are."""
+  """Shards small parameters over "fsdp" as well, like those of larger models."""
   monkeypatch.setattr("train.devices.mesh._SHARDED_FROM", 64)
 
 
@@ -133,8 +133,8 @@ def test_step_equals_a_plain_step_over_the_whole_batch():
   expected = optax.apply_updates(state.params, updates)
   losses, after = run_steps(config, 2, 4, [batch])
   np.testing.assert_allclose(losses, [value], rtol=1e-6)
-  # Adam's first step is the gradient's sign times the learning rate (5e-3): where the gradient is
-  # next to zero, rounding decides, so the first moment is compared, not the weights alone.
+  # Adam's first step is the gradient's sign times the learning rate (5e-3). Rounding decides the
+  # sign of gradients near zero, so the first moment is compared as well.
   moment = after.opt_state[0].mu
   for got, want in zip(jax.tree.leaves(moment), jax.tree.leaves(grads), strict=True):
     np.testing.assert_allclose(got, 0.1 * want, atol=1e-6 * np.abs(want).max())
@@ -204,7 +204,7 @@ def test_sum_metrics_on_logits_made_by_hand():
   sums = sum_metrics(logits, jnp.array([7, 9, 9, 0]), jnp.array([True, True, True, True]))
   # Row 0 is a hit; row 1's label comes sixth; row 2's fifth; a row of NaN is never a hit.
   assert (float(sums.correct), float(sums.top5), float(sums.count)) == (1, 2, 4)
-  # Of equal logits the first counts, as argmax has it: a model that says nothing hits one in 100.
+  # On a tie the first class wins, as in argmax: a constant model hits one in 100.
   uniform = sum_metrics(jnp.zeros((100, 100)), jnp.arange(100), jnp.arange(100) < 50)
   np.testing.assert_allclose(uniform.loss, 50 * np.log(100), rtol=1e-6)
   assert (float(uniform.correct), float(uniform.top5)) == (1, 5)
@@ -219,7 +219,7 @@ def compiled_step(config, mesh, microbatch: int) -> jax.stages.Compiled:
 
 
 def collectives(hlo: str) -> dict[str, int]:
-  """How many of each kind there are."""
+  """The number of collectives of each kind."""
   kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-[a-z]+"
   return Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo))
 
@@ -227,13 +227,13 @@ def collectives(hlo: str) -> dict[str, int]:
 @pytest.mark.parametrize("name", mlp_models.MODELS)
 def test_nothing_but_arithmetic_and_one_reduction_is_in_a_step(name):
   config = smoke_config(name)
-  config.steps_per_call = 1  # of more, the reduction is in a loop, that over the steps
+  config.steps_per_call = 1  # otherwise the reduction is inside the loop over steps
   compiled = compiled_step(config, 8, 2)
   hlo = compiled.as_text()
   outside_loops = hlo[hlo.index("\nENTRY ") :]
   assert collectives(hlo) == collectives(outside_loops) == {"all-reduce": 1}
   assert not re.findall(r"callback| (?:infeed|outfeed|send|recv)\(", hlo)
-  # The state is updated in place: all of it is aliased, and no array of it is copied.
+  # The state is updated in place: all arrays are aliased, and none is copied.
   size = sum(x.nbytes for x in jax.tree.leaves(new_state(config)))
   assert compiled.memory_analysis().alias_size_in_bytes == size
   assert not re.findall(r"\[\d[^ ]* copy\(%param", outside_loops)
@@ -249,9 +249,9 @@ def test_what_is_cut_is_gathered_and_its_gradient_scattered_once_a_step(name, cu
   leaves = jax.tree.leaves(state)
   cut = sum(sharded_axis(x.shape, mesh) is not None for x in jax.tree.leaves(state.params))
   assert cut >= 8
-  # Perceiver's biases of keys in its two blocks have no gradient: they add the same to all logits.
+  # The key biases of Perceiver's two blocks have no gradient: they shift all logits equally.
   cut -= 2 if name == "perceiver" else 0
-  # One reduction of what is whole over all devices, one of the parts over the axis "data".
+  # One all-reduce of replicated arrays over all devices, one of shards over the axis "data".
   expected = {"all-gather": cut, "reduce-scatter": cut, "all-reduce": 2}
   assert collectives(hlo) == collectives(hlo[hlo.index("\nENTRY ") :]) == expected
   held = [x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves]

@@ -4,8 +4,8 @@ Resizing, flipping and zooming are linear and act on rows and columns separately
 warped by two small matrices: `rows @ image @ columns.T`. Rotation is not separable and is sampled
 pixel by pixel, between the flip and the zoom; without rotation there is no such code in the graph.
 
-What each step means follows the Keras layers Normalization, Resizing, RandomFlip, RandomRotation
-and RandomZoom, with bilinear interpolation and 'reflect' fill: (d c b a | a b c d | d c b a).
+The steps follow the Keras layers Normalization, Resizing, RandomFlip, RandomRotation and
+RandomZoom, with bilinear interpolation and 'reflect' fill: (d c b a | a b c d | d c b a).
 Letters: B batch, H W raw image, S image_size, C colour channels.
 """
 
@@ -21,9 +21,9 @@ Array = jax.Array
 
 
 class Factors(NamedTuple):
-  """What is drawn for each image.
+  """Random factors of each image.
 
-  flip: bool [B], mirrored left to right.
+  flip: bool [B], mirror left to right.
   height, width: float32 [B], zoom of each axis: +0.2 shows 20 % more (out), -0.2 less (in).
   angle: float32 [B], counter-clockwise rotation as a fraction of a full turn; None for no rotation.
   """
@@ -66,8 +66,8 @@ def augment(
   Args:
     images: uint8 [B, H, W, C].
     key: PRNG key of the step.
-    positions: int [B], the place of each image in the global batch. An image's factors depend on
-      key and place alone, whichever device or microbatch it is in.
+    positions: int [B], each image's position in the global batch. Its factors depend only on key
+      and position, not on its device or microbatch.
     mean, variance: [C], of the training images, in pixel units (0 to 255).
     image_size: S, the side of the square result in pixels.
     flip, zoom, rotation: see `draw_factors`.
@@ -87,7 +87,7 @@ def draw_factors(
     key: PRNG key.
     positions: int [B].
     flip: whether to mirror half of the images, left to right.
-    zoom: height and width factors are drawn apart, uniform in [-zoom, zoom).
+    zoom: height and width factors are drawn independently, uniform in [-zoom, zoom).
     rotation: angles are uniform in [-rotation, rotation), as a fraction of a full turn.
   Returns:
     Factors; `angle` is None where rotation is 0.
@@ -130,7 +130,7 @@ def warp(images: Array, factors: Factors, image_size: int) -> Array:
 
 
 def _normalize(images: Array, mean: Array, variance: Array) -> Array:
-  # As Keras' Normalization: a channel without variance is divided by its epsilon.
+  # Keras' Normalization has the same floor, 1e-7, for a channel without variance.
   deviation = jnp.maximum(jnp.sqrt(jnp.asarray(variance, jnp.float32)), 1e-7)
   return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) / deviation
 
@@ -153,16 +153,16 @@ def _interpolation_matrix(coordinates: Array, size: int) -> Array:
 
 
 def _reflect(coordinates: Array, size: int) -> Array:
-  """Brings places on an axis of `size` pixels to where the image has what lies there: 'reflect'."""
-  # Reflection at the outer edges of the image, -0.5 and size - 0.5; the last half pixel is flat.
-  # Not jnp.mod, a call for every place that XLA on a CPU does not vectorize.
+  """Maps coordinates outside an axis of `size` pixels to their mirror image inside ('reflect')."""
+  # The mirrors are the image's outer edges, -0.5 and size - 0.5; the outer half pixels are flat.
+  # Not jnp.mod: XLA on a CPU does not vectorize it.
   shifted = coordinates + 0.5
   folded = shifted - 2 * size * jnp.floor(shifted / (2 * size))
   return jnp.clip(jnp.minimum(folded, 2 * size - folded) - 0.5, 0, size - 1)
 
 
 def _einsum(subscripts: str, *operands: Array) -> Array:
-  # Pixels keep their float32 digits on TPUs and GPUs, which would round them to bfloat16 or TF32.
+  # By default TPUs and GPUs would round float32 pixels to bfloat16 or TF32.
   return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -180,8 +180,8 @@ def _rotate(images: Array, angle: Array) -> Array:
   def rotate(image, angle):
     cos, sin = jnp.cos(2 * math.pi * angle), jnp.sin(2 * math.pi * angle)
     source = jnp.stack([sin * x + cos * y, cos * x - sin * y]) + (S - 1) / 2
-    # Its own "reflect" divides integers for every pixel, channel and corner: on a CPU, augmentation
-    # then takes half as long again.
+    # map_coordinates' own "reflect" divides integers for every pixel, channel and corner, which is
+    # slower on a CPU.
     source = _reflect(source, S)
     sample = partial(map_coordinates, coordinates=tuple(source), order=1, mode="nearest")
     return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)

@@ -6,7 +6,7 @@
     python -m train.bench --config configs/MODEL.py --sweep tokens --output DIR
     python -m train.bench --all --output DIR
 
-Rates are medians over repeats; how far they lie apart shows what else the machine did.
+Rates are medians over repeats; their spread shows other load on the machine.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from train.timing import Training, prepare, time_steps
 
 
 def evaluation_rate(training: Training, repeats: int, seconds: float) -> float:
-  """Images that an evaluation as training does it takes in a second: the median.
+  """Median of the images per second of an evaluation as in training.
 
   Each repeat takes about `seconds`, or one pass over the training images if that is shorter.
   """
@@ -60,12 +60,12 @@ def evaluation_rate(training: Training, repeats: int, seconds: float) -> float:
 
 
 def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
-  """The figures of a run; `repeats` times it trains for about `seconds`."""
+  """The figures of a run that trains `repeats` times for about `seconds`."""
   training, times = time_steps(training, repeats, seconds)
   config, devices = training.config, training.mesh
   batch = config.batch_size
   rate = batch / statistics.median(times)
-  memory = peak_memory(devices)  # before what follows needs some
+  memory = peak_memory(devices)  # before the evaluation adds to it
   evaluation = evaluation_rate(training, repeats, seconds)
   flops = flops_per_image(config, training.info)
   peak = matmul_peak(devices, config.dtype)
@@ -92,10 +92,10 @@ def measure(training: Training, repeats: int, seconds: float) -> dict[str, Any]:
 
 
 def phases(training: Training, repeats: int) -> dict[str, float]:
-  """Milliseconds of a step that each phase takes, as differences between parts of the step.
+  """Milliseconds per step of each phase, as differences between growing parts of the step.
 
-  `input` is what the host takes for a batch; in training it does so while a step runs, and
-  `waited` is what a step has waited for it nevertheless.
+  `input` is the host's time for a batch, which in training overlaps with a running step; `waited`
+  is an upper bound on the part that does not overlap.
   """
   state = training.state
   batches = next(training.calls)
@@ -107,7 +107,7 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
       began = time.perf_counter()
       jax.block_until_ready(function(state.params, batches))
       times[name].append(time.perf_counter() - began)
-    # A copy, because the step uses up the state that it gets.
+    # A copy, because the step donates its input state.
     copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
     began = time.perf_counter()
     jax.block_until_ready(training.step(copy, batches))
@@ -122,7 +122,7 @@ def phases(training: Training, repeats: int) -> dict[str, float]:
 
 
 def _parts_of_a_step(training: Training) -> dict[str, Callable]:
-  """Functions of (params, batches) that each do a step up to the end of a phase."""
+  """Functions of (params, batches), each a step up to the end of one phase."""
   config, devices, state = training.config, training.mesh, training.state
   model = make_model(config, training.info.num_classes)
   augmentation = config.augment.to_dict()
@@ -140,7 +140,7 @@ def _parts_of_a_step(training: Training) -> dict[str, Callable]:
     return images.sum()
 
   whole_loss = functools.partial(loss, state=state, model=model, augmentation=augmentation)
-  parts: dict[str, tuple[Callable, Any]] = {  # and a template of what each gives
+  parts: dict[str, tuple[Callable, Any]] = {  # each with a template of its result
     "augment": (only_augment, jnp.float32(0)),
     "forward": (whole_loss, (jnp.float32(0), state.sums)),
     "backward": (jax.grad(whole_loss, has_aux=True), (state.params, state.sums)),
@@ -157,22 +157,22 @@ def _parts_of_a_step(training: Training) -> dict[str, Callable]:
 
 
 def waits_for_input(training: Training, calls: int) -> list[float]:
-  """Seconds a step that devices stood still for want of images, at most; for each of some calls."""
+  """Upper bound on the seconds per step spent waiting for input, one value per call."""
   state, waits = training.state, []
   sums: Any = None
-  for _ in range(calls + 2):  # what was there before counts as read ahead, and is used up first
+  for _ in range(calls + 2):  # the first two use up batches that were read ahead
     began, running = time.perf_counter(), sums
     batches = next(training.calls)
     idle = running is None or running.loss.is_ready()
     waits.append((time.perf_counter() - began) * idle / len(batches["label"]))
     state, sums = training.step(state, batches)
-    jax.block_until_ready(running)  # one call runs and one waits, as in training
+    jax.block_until_ready(running)  # at most one call waits, as in training
   jax.block_until_ready(state)
   return waits[2:]
 
 
 def format_figures(figures: dict[str, Any]) -> str:
-  """One line a figure, for the terminal."""
+  """One line per figure, for the terminal."""
 
   def text(value: Any) -> str:
     if not isinstance(value, float):
@@ -208,12 +208,12 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _measure_all(output: Path, repeats: int, seconds: float) -> None:
-  """The default configs, each in a process of its own: so are its start and its memory."""
+  """Measures each default config in its own process, with its own start and memory."""
   rows = []
   for name in mlp_models.MODELS:
     command = [sys.executable, "-m", "train.bench", "--config", f"configs/{name}.py", "--json"]
     command += ["--repeats", str(repeats), "--seconds", str(seconds)]
-    command += ["--config.compilation_cache=False"]  # so that it is compiled, and not looked up
+    command += ["--config.compilation_cache=False"]  # time a real compilation
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if process.returncode:
       fail(f"{' '.join(command[1:])} failed", process.returncode)
@@ -231,13 +231,13 @@ def main() -> None:
   what.add_argument("--config", help=flags.CONFIG_HELP)
   what.add_argument("--all", action="store_true", help="the default config of every model")
   mode = parser.add_mutually_exclusive_group()
-  mode.add_argument("--json", action="store_true", help="figures as one JSON object, the last line")
-  mode.add_argument("--phases", action="store_true", help="what the parts of a step take")
-  mode.add_argument("--tune", action="store_true", help="try powers of two as microbatch")
-  mode.add_argument("--sweep", choices=("tokens", "batch"), help="how the cost grows")
-  parser.add_argument("--output", type=Path, default=Path("."), help="folder for files")
+  mode.add_argument("--json", action="store_true", help="figures as JSON on the last line")
+  mode.add_argument("--phases", action="store_true", help="time each phase of a step")
+  mode.add_argument("--tune", action="store_true", help="time powers of two as microbatch")
+  mode.add_argument("--sweep", choices=("tokens", "batch"), help="time a range of sizes")
+  parser.add_argument("--output", type=Path, default=Path("."), help="folder for written files")
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--seconds", type=float, default=5.0, help="of one repeat")
+  parser.add_argument("--seconds", type=float, default=5.0, help="time per repeat")
   if "--all" in sys.argv:
     arguments, config = parser.parse_args(), ConfigDict()
     if arguments.json or arguments.phases or arguments.tune or arguments.sweep:
@@ -266,7 +266,7 @@ def main() -> None:
     else:
       training = prepare(config)
       start = process_age()
-      with contextlib.closing(training.calls):  # ends the workers of a streamed set
+      with contextlib.closing(training.calls):  # stops the workers of a streamed set
         _print_figures(training, arguments, start)
   except (ConfigError, DataError, MemoryError, OSError) as error:
     fail(error, 2 if isinstance(error, ConfigError) else 1)

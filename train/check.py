@@ -10,7 +10,7 @@ from train.optimizer import BEST
 
 
 def check_config(config: ConfigDict) -> None:
-  """Raises ConfigError for the first knob of `config` that is out of range or fits no other."""
+  """Raises ConfigError for the first knob that is out of range or contradicts another."""
 
   def require(holds: bool, key: str, need: str) -> None:
     if not holds:

@@ -22,7 +22,7 @@ def flops_per_image(
 
   Args:
     recomputed: also count the operations that `config.remat` repeats.
-    platform: whose form of the step is counted, such as "tpu"; None: the one that is here.
+    platform: to lower the step for, such as "tpu"; None: the platform of this machine.
   """
   device = make_mesh(devices=jax.devices()[:1])
   config = config.copy_and_resolve_references()

@@ -1,4 +1,4 @@
-"""What may go wrong in a run, and how a command says so."""
+"""The errors of a run, and how a command reports them."""
 
 import signal
 import sys
@@ -6,7 +6,7 @@ from typing import NoReturn
 
 
 class ConfigError(ValueError):
-  """A config that can't be trained. The message names the value and the way out."""
+  """A config can't be trained. The message names the value and the way out."""
 
 
 class DataError(Exception):
@@ -22,11 +22,11 @@ class WorkdirError(ValueError):
 
 
 class Disagreement(ValueError):
-  """The processes of a run do not do the same. The message is the complete text for the user."""
+  """The processes of a run differ. The message is the complete text for the user."""
 
 
 class TrainingFailed(Exception):
-  """Nothing can come of this run. The message says why, and what to change."""
+  """Training can't continue. The message says why, and what to change."""
 
 
 class Interrupted(Exception):
@@ -34,7 +34,7 @@ class Interrupted(Exception):
 
   def __init__(self, signum: int):
     super().__init__(signal.Signals(signum).name)
-    self.exit_status = 128 + signum  # as a shell reports a process that the signal ended
+    self.exit_status = 128 + signum  # as a shell reports a process killed by a signal
 
 
 def first_line(error: Exception) -> str:

@@ -19,13 +19,13 @@ from train.step import evaluate, make_eval_step
 def main() -> None:
   """Exit status: 0 done, 1 no usable run or dataset, 2 wrong flags."""
   parser = argparse.ArgumentParser(prog="python -m train.evaluate", allow_abbrev=False)
-  parser.add_argument("--workdir", type=from_flag, required=True, help="of the run")
+  parser.add_argument("--workdir", type=from_flag, required=True, help="workdir of the run")
   parser.add_argument("--split", default="test", choices=data.SPLITS)
-  parser.add_argument("--data_dir", help="of the dataset, if it has moved since training")
+  parser.add_argument("--data_dir", help="folder of the dataset, if it has moved since training")
   arguments = parser.parse_args()
   flags.quiet_libraries()
   try:
-    from train.run import checkpoint  # late: orbax takes seconds, a wrong flag none
+    from train.run import checkpoint  # late: takes seconds, and wrong flags should fail at once
 
     config = read_config(arguments.workdir)
     start_jax(config)

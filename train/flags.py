@@ -1,4 +1,4 @@
-"""`--config configs/MODEL.py[:VARIANT] [--config.KEY=VALUE ...]` from a command line."""
+"""Parses `--config configs/MODEL.py[:VARIANT] [--config.KEY=VALUE ...]`."""
 
 import argparse
 import difflib
@@ -18,9 +18,9 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDi
   """Parses sys.argv, or exits with status 2 and one line that says what is wrong.
 
   Args:
-    parser: of the flags; `--config` is among them, `--config.KEY=VALUE` need not be.
+    parser: declares `--config` and other flags, but not `--config.KEY=VALUE`.
   Returns:
-    The parsed flags, and the config of `--config` with the overrides applied.
+    The parsed flags, and the config with the overrides applied.
   """
   arguments, overrides = parser.parse_known_args()
   try:
@@ -30,7 +30,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDi
 
 
 def quiet_libraries() -> None:
-  """Silences what orbax and TFDS log of every save, restore and read; their errors still show."""
+  """Silences the log lines of orbax and TFDS; their errors still show."""
   logging.set_verbosity(logging.ERROR)
 
 
@@ -51,7 +51,7 @@ def _read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-  """All knobs of a config, dotted."""
+  """All dotted keys of a config."""
   keys: list[str] = []
   for key in config:
     value = config[key]
@@ -66,7 +66,7 @@ def _parse_config(path: str, overrides: Sequence[str]) -> ConfigDict:
   try:
     rest = values(argv)[1:]
   except Exception as error:
-    # What a config file raises comes with a whole traceback; its last line is the error.
+    # An error in a config file arrives as a whole traceback; its last line is the message.
     message = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
     raise ValueError(message if overrides else f"--config {path}: {message}") from error
   if rest:

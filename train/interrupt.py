@@ -1,21 +1,21 @@
-"""How a run is asked to stop: by a signal."""
+"""Signals that ask a run to stop."""
 
 import os
 import signal
 
-# Ctrl-C; what ends a job on a cluster or a preempted machine; SLURM's warning before it.
+# Ctrl-C; the end of a cluster job or of a preempted machine; SLURM's warning ahead of that.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-  """Within this context the signals only leave their number; a second Ctrl-C ends the process.
+  """Inside this context signals are only recorded; a second Ctrl-C ends the process.
 
-  A number, and not a question asked between training steps: a signal that arrives while the program
-  compiles, evaluates or saves is not missed. Clusters repeat theirs while the process saves.
+  A signal that arrives while the program compiles, evaluates or saves is not missed. Only the first
+  one counts: clusters repeat theirs while the process saves.
   """
 
   def __init__(self):
-    self.signum = 0  # of the signal that has arrived
+    self.signum = 0  # of the first signal; 0: none yet
     self._previous = {}
 
   def __enter__(self) -> "StopRequest":

@@ -39,20 +39,20 @@ _SAVE = 1  # vote 1: save; a vote >= 2 is a signal number: save and stop
 
 
 def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
-  """Trains `config.model`, or goes on where an earlier run in the same folder stopped.
+  """Trains `config.model`, or resumes an earlier run in the same folder.
 
   Args:
-    config: one that `check.check_config` has passed.
+    config: accepted by `check.check_config`.
     folder: the workdir.
   Returns:
-    What summary.json holds: the test metrics of the best epoch's weights, and figures of the run.
+    The content of summary.json: test metrics of the best epoch's weights, and figures of the run.
   Raises:
     ConfigError: the batch does not fit the devices.
-    DataError: the dataset is out of reach or broken.
+    DataError: the dataset is unavailable or broken.
     WorkdirError: the folder can't be used, or holds a run of another config or version.
     Disagreement: the processes of the run differ in config, dataset or workdir.
     Interrupted: a signal asked the run to stop; its state is saved.
-    TrainingFailed: the loss is no longer a number.
+    TrainingFailed: the loss is NaN or infinite.
   """
   mesh = make_mesh(**config.mesh)
   microbatch_size(config, mesh)  # raises, before anything costly starts
@@ -67,7 +67,7 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict[str, Any]
 
 
 class Run(NamedTuple):
-  """What the parts of a run share."""
+  """Everything that the parts of a run share."""
 
   config: ConfigDict
   folder: epath.Path
@@ -75,7 +75,7 @@ class Run(NamedTuple):
   dataset: data.Dataset
   step: jax.stages.Wrapped  # (state, batches) -> (next state, Sums of each step)
   eval_step: jax.stages.Wrapped  # (weights, batch) -> Sums
-  template: TrainState  # shapes, dtypes and shardings of its state
+  template: TrainState  # shapes, dtypes and shardings of the state
   checkpoints: Checkpoints
   watch: "Watch"
   writer: metrics.Writer
@@ -83,7 +83,7 @@ class Run(NamedTuple):
 
 
 class Watch:
-  """Looks at the clock and for signals between two calls of the step; all processes agree."""
+  """Checks the clock and the signals between two calls of the step; all processes agree."""
 
   def __init__(self, stop: StopRequest, checkpoints: Checkpoints, config: ConfigDict, mesh: Mesh):
     self._stop, self._checkpoints = stop, checkpoints
@@ -91,7 +91,7 @@ class Watch:
     self._agree = hosts.Agreement(mesh)
 
   def __call__(self, state: TrainState) -> None:
-    """Saves the state if it is time, or saves it and raises Interrupted after a signal."""
+    """Saves the state if it is due; after a signal, saves it and raises Interrupted."""
     late = self._checkpoints.seconds_since_last > self._seconds
     if decision := self._agree(self._stop.signum or (_SAVE if late else 0)):
       self.save(state)
@@ -99,7 +99,7 @@ class Watch:
       raise Interrupted(decision)
 
   def save(self, state: TrainState) -> None:
-    """Saves the state, whatever the clock says."""
+    """Saves the state now."""
     self._checkpoints.save_last(state)
     self._agree.forget()
 
@@ -128,6 +128,8 @@ def open_run(
 
   Args:
     stack: closes what the run opens.
+  Raises:
+    DataError, WorkdirError, Disagreement, Interrupted: see `train_and_evaluate`.
   """
   print(f"Reading {info.name} and compiling {config.model.name} takes a moment.", flush=True)
   microbatch = microbatch_size(config, mesh)
@@ -140,7 +142,7 @@ def open_run(
   compiling = compile_in_background(step, init, config, info, mesh)
   dataset = data.load(config.data, config.model.image_size, sharers=hosts.processes_here())
   compiled, _ = compiling.result()
-  if stop.signum and jax.process_count() == 1:  # several agree after the first call
+  if stop.signum and jax.process_count() == 1:  # several processes agree after the first call
     raise Interrupted(stop.signum)
 
   hosts.require_same("the checkpoint that they see", checkpoints.last_step)
@@ -170,7 +172,11 @@ def open_run(
 
 
 def train(run: Run, state: TrainState) -> TrainState:
-  """Trains from the state on, epoch by epoch, to the last one or until early stopping."""
+  """Trains epoch by epoch from `state` to the last epoch or until early stopping.
+
+  Raises:
+    DataError, Interrupted, TrainingFailed: see `train_and_evaluate`.
+  """
   config, images = run.config, run.dataset["train"]
   steps_per_epoch = num_batches(len(images), config.batch_size)
   steps = range(int(state.step), config.epochs * steps_per_epoch)
@@ -185,7 +191,7 @@ def train(run: Run, state: TrainState) -> TrainState:
       state = _train_epoch(run, state, epoch_calls)
       metrics_of = {"train": state.sums.means()}
       train_seconds = time.perf_counter() - began
-      # Those of an epoch that was resumed are fewer, and its last batch is not full.
+      # A resumed epoch trains on fewer images, and an epoch's last batch is not full.
       seen = len(images) - (steps_per_epoch - steps_left) * config.batch_size
 
       metrics_of["val"] = _evaluate(run, state, state.weights(), "validation")
@@ -213,7 +219,7 @@ def test(run: Run, state: TrainState) -> dict[str, Any]:
   best_epoch = int(state.best.epoch)
   run.progress.write(f"Testing the weights of epoch {best_epoch}.")
   best = run.checkpoints.restore_best(run.template.weights(), best_epoch)
-  assert best is not None  # saved before the state that speaks of it
+  assert best is not None  # saved before the state that names its epoch
   summary = {
     **{f"test_{name}": value for name, value in _evaluate(run, state, best, "test").items()},
     "best_epoch": best_epoch,
@@ -230,7 +236,7 @@ def _train_epoch(run: Run, state: TrainState, calls: Iterable[dict]) -> TrainSta
   before = None
   for batches in calls:
     state, sums = run.step(state, batches)
-    if before is not None:  # one call runs and one waits, so that a signal is soon obeyed
+    if before is not None:  # at most one call waits, so that a signal takes effect soon
       _require_finite(before)
     before = sums.loss
     run.progress.update(len(batches["label"]))
@@ -261,7 +267,7 @@ def _evaluate(run: Run, state: TrainState, weights: Weights, split: str) -> dict
 
 
 def _make_finish_epoch(config: ConfigDict, mesh: Mesh) -> Callable:
-  """(state, validation loss, the metric to choose by) -> the state that begins the next epoch."""
+  """Makes (state, val_loss, value of `best_metric`) -> the state that begins the next epoch."""
   plateau = optimizer.make_plateau(config.plateau)
   mode = optimizer.BEST[config.best_metric]
 

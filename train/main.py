@@ -26,7 +26,7 @@ from train.run import workdir
 
 _OUT_OF_MEMORY = """out of memory. Three knobs help:
   --config.microbatch=N            compute fewer images at a time (the result is the same)
-  --config.batch_size=N            fewer images a step
+  --config.batch_size=N            fewer images per step
   --config.model.KEY=VALUE         a smaller model, or larger patches"""
 
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _run(config: ConfigDict, folder: epath.Path | None) -> None:
   try:
-    # Late: what they import costs seconds, a wrong flag none.
+    # Late: these imports take seconds, and a wrong flag should fail at once.
     from train import loop
     from train.run import metrics
 
@@ -71,7 +71,7 @@ def _run(config: ConfigDict, folder: epath.Path | None) -> None:
     fail(error, 2)
   except (DataError, WorkdirError, TrainingFailed, Disagreement) as error:
     fail(error, 1)
-  except OSError as error:  # a full disk, a folder that may not be written
+  except OSError as error:  # a full disk, a read-only folder
     fail(f"{error.filename or folder}: {error.strerror or error}", 1)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error):

@@ -1,7 +1,7 @@
 """AdamW, the plateau that lowers its learning rate, the best epoch so far and early stopping.
 
-The semantics are those of Keras 3 (AdamW, ReduceLROnPlateau, EarlyStopping), built from optax's
-pieces. All state is arrays, so that a checkpoint holds it.
+They follow Keras 3 (AdamW, ReduceLROnPlateau, EarlyStopping) and are built from optax's parts. All
+state is arrays, so that a checkpoint holds it.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -22,8 +22,8 @@ def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
   Args:
     config: learning_rate, weight_decay, independent_weight_decay, b1, b2, epsilon. The decay is
       multiplied by the learning rate (Keras 3, optax: param -= learning_rate * weight_decay *
-      param), or with `independent_weight_decay` taken as it is (TensorFlow Addons: param -=
-      weight_decay * param), whatever the plateau does.
+      param). With `independent_weight_decay` neither the learning rate nor the plateau changes it
+      (TensorFlow Addons: param -= weight_decay * param).
   Returns:
     A transformation whose `update(grads, state, params, learning_rate_scale=scale)` multiplies the
     learning rate by the plateau's scale (float or float32 []) in that step.
@@ -37,11 +37,11 @@ def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
 
 
 def scale_by_keras_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
-  """`optax.scale_by_adam` with epsilon where Keras has it: beside the root that is not corrected.
+  """`optax.scale_by_adam` with epsilon as in Keras: added to the uncorrected root.
 
-  Step t (from 1) gives m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + epsilon). In optax's terms,
-  where both moments are corrected, epsilon is epsilon / sqrt(1 - b2^t): 32 times as large at t = 1
-  and b2 = 0.999, which decides the first steps of weights whose gradients are near epsilon.
+  Step t (from 1) gives m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + epsilon). In optax's form, which
+  corrects both moments, this is an epsilon of epsilon / sqrt(1 - b2^t): 32 times as large at t = 1
+  and b2 = 0.999, which matters for the first steps of weights whose gradients are near epsilon.
   Follows Kingma and Ba, "Adam" (arXiv:1412.6980), the reordered form at the end of section 2.
   """
 
@@ -71,14 +71,14 @@ def make_plateau(config) -> optax.GradientTransformationExtraArgs:
 
   Args:
     config: `factor` (1.0 for no plateau: the scale stays 1), `patience` in epochs, `min_delta`,
-      by how much the loss must fall below the best one to count as better, absolute.
+      the absolute fall below the best loss that counts as an improvement.
   Returns:
-    A transformation; `init(params)` makes its state and `end_of_epoch` moves it on.
+    A transformation; `init(params)` makes its state and `end_of_epoch` updates it.
   Raises:
     ValueError: factor is not in (0, 1], or min_delta is not positive.
   """
   patience, factor = config.patience, config.factor
-  if factor == 1.0:  # optax refuses a factor of 1; the state stays the same for all configs
+  if factor == 1.0:  # optax refuses 1; endless patience keeps the state's structure
     patience, factor = jnp.iinfo(jnp.int32).max, 0.5
   return optax.contrib.reduce_on_plateau(
     factor=factor, patience=patience, rtol=0.0, atol=config.min_delta
@@ -96,7 +96,7 @@ def end_of_epoch(
 class Best(NamedTuple):
   """The best value of the watched metric, and its epoch.
 
-  value: float32 [], infinitely bad before the first epoch.
+  value: float32 [], inf ("min") or -inf ("max") before the first epoch.
   epoch: int32 [], counted from 1; 0 while no epoch has been the best.
   """
 
@@ -105,7 +105,7 @@ class Best(NamedTuple):
 
 
 def init_best(mode: Mode) -> Best:
-  """Before the first epoch. mode: "min" for a loss, "max" for an accuracy."""
+  """The Best before the first epoch. mode: "min" for a loss, "max" for an accuracy."""
   return Best(jnp.float32(jnp.inf if mode == "min" else -jnp.inf), jnp.int32(0))
 
 

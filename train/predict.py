@@ -2,8 +2,8 @@
 
     python -m train.predict --workdir DIR IMAGE... [--json]
 
-Prints the five likeliest classes of each image. An image that can't be read is reported on stderr,
-the others are still answered, and the exit status is 1.
+Prints the five likeliest classes of each image. Images that can't be read are reported on stderr;
+the others are still classified, and the exit status is 1.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
   """Class probabilities.
 
   Args:
-    trained: as `checkpoint.load_trained_model` gives it.
-    images: uint8 [B, H, W, C], sized as the dataset's images are.
+    trained: from `checkpoint.load_trained_model`.
+    images: uint8 [B, H, W, C], of the size that the dataset's images have in memory.
   Returns:
     float32 [B, num_classes].
   """
@@ -47,7 +47,7 @@ def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
     )
     return jax.nn.softmax(apply_model(model, weights.params, x))
 
-  labels = np.zeros(len(images), np.int32)  # unknown, and not looked at
+  labels = np.zeros(len(images), np.int32)  # unknown and unused
   size = min(len(images), trained.config.batch_size)
   rows = batches(Split(images, labels), size)
   answers = [probabilities(weights, batch["image"])[batch["mask"]] for batch in rows]
@@ -55,25 +55,25 @@ def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
 
 
 def read_image(path: str, shape: Sequence[int]) -> np.ndarray:
-  """Any image that Pillow reads -> uint8 of this shape [H, W, C], resized with antialiasing.
+  """Reads any image that Pillow decodes as uint8 of `shape` [H, W, C], resized with antialiasing.
 
   Raises:
-    Exception: the file is missing, or no image; which one depends on Pillow's decoder.
+    Exception: the file is missing or not an image; the type depends on Pillow's decoder.
   """
   height, width, channels = shape
   with Image.open(path) as file:
-    image = ImageOps.exif_transpose(file)  # upright, as a camera meant it
+    image = ImageOps.exif_transpose(file)  # turn photos upright
     image = image.convert(PIL_MODES[channels])
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(shape)
 
 
 def main() -> None:
-  """Exit status: 0 all images answered, 1 some were not, or no usable run, 2 wrong flags."""
+  """Exit status: 0 all images classified, 1 some can't be read or no usable run, 2 wrong flags."""
   parser = argparse.ArgumentParser(prog="python -m train.predict", allow_abbrev=False)
-  parser.add_argument("--workdir", type=from_flag, required=True, help="of the run")
+  parser.add_argument("--workdir", type=from_flag, required=True, help="workdir of the run")
   parser.add_argument("images", nargs="+", metavar="IMAGE", help="any file that Pillow reads")
-  parser.add_argument("--json", action="store_true", help="one JSON object an image and line")
+  parser.add_argument("--json", action="store_true", help="print one line of JSON per image")
   arguments = parser.parse_args()
   flags.quiet_libraries()
   skip_missing_tpu()
@@ -87,7 +87,7 @@ def main() -> None:
   for path in arguments.images:
     try:
       read[path] = read_image(path, shape)
-    except Exception as error:  # Pillow's decoders raise what they like
+    except Exception as error:  # Pillow's decoders raise errors of any type
       print(f"{path}: {error}", file=sys.stderr)
   if read:
     answers = predict(trained, np.stack(list(read.values())))

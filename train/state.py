@@ -1,4 +1,4 @@
-"""TrainState: all there is to save, and how it is made."""
+"""TrainState, all that a checkpoint saves, and how it is initialised."""
 
 import functools
 from collections.abc import Callable
@@ -22,10 +22,10 @@ Array = jax.Array
 
 
 class Sums(struct.PyTreeNode):
-  """What is summed over examples: float32 scalars. Divided by `count` they are the metrics."""
+  """Sums over examples, float32 scalars; divided by `count` they are the metrics."""
 
   loss: Array  # cross-entropy, in nats
-  correct: Array  # examples whose label has the largest logit; of equal ones the first counts
+  correct: Array  # examples whose label has the largest logit; on a tie the first class wins
   top5: Array  # examples whose label is among the five largest logits
   count: Array
 
@@ -40,7 +40,7 @@ class Sums(struct.PyTreeNode):
 
 
 class Weights(struct.PyTreeNode):
-  """What evaluation and prediction need of a TrainState."""
+  """The part of a TrainState that evaluation and prediction need."""
 
   params: dict
   mean: Array  # float32 [channels], of the training images, in pixel units
@@ -48,10 +48,10 @@ class Weights(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-  """A run at some step. What comes next is a pure function of this and of the config.
+  """A run at some step. The rest of the run is a pure function of this and of the config.
 
-  VERSION goes up when the fields change, or what a step makes of them: a checkpoint of another
-  version is refused. 1 is that of mlp_models 0.2; 0.1 wrote none.
+  VERSION goes up when the fields change, or how a step uses them: checkpoints of another version
+  are refused. mlp_models 0.2 writes 1; 0.1 wrote none.
   """
 
   VERSION: ClassVar[int] = 1
@@ -72,7 +72,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def count_parameters(params: dict) -> int:
-  """How many numbers a tree of arrays holds."""
+  """Number of elements in a tree of arrays."""
   return sum(x.size for x in jax.tree.leaves(params))
 
 
@@ -90,7 +90,7 @@ def make_model(config: ConfigDict, num_classes: int) -> nn.Module:
 def apply_model(model: nn.Module, params: dict, images: Array, **options) -> Array:
   """The logits of `model.apply({"params": params}, images, **options)`."""
   logits = model.apply({"params": params}, images, **options)
-  assert isinstance(logits, Array)  # and no pair of logits and variables
+  assert isinstance(logits, Array)  # not a pair of logits and variables
   return logits
 
 
@@ -128,10 +128,10 @@ def make_init(config: ConfigDict, info: DatasetInfo, mesh: Mesh) -> jax.stages.W
 
 
 def abstract_state(init: Callable, info: DatasetInfo) -> TrainState:
-  """Shapes, dtypes and shardings of what `make_init`'s function gives; nothing is computed."""
+  """Shapes, dtypes and shardings that `init`, from `make_init`, returns; nothing is computed."""
   return jax.eval_shape(init, *abstract_statistics(info))
 
 
 def abstract_statistics(info: DatasetInfo) -> list[jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of what `channel_statistics` gives."""
+  """Shapes and dtypes of the two results of `channel_statistics`."""
   return [jax.ShapeDtypeStruct(info.image_shape[-1:], jnp.float32)] * 2

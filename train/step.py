@@ -82,7 +82,7 @@ def lower_train_step(
 
   Args:
     state: from `abstract_state`.
-    platform: to lower for, such as "tpu", which need not be here; None: that of the mesh.
+    platform: to lower for, such as "tpu", even if absent here; None: that of the mesh.
   """
   steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
   steps_and_batch = (min(config.steps_per_call, steps_per_epoch), config.batch_size)

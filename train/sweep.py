@@ -12,12 +12,15 @@ from train.cost import flops_per_image
 from train.devices.mesh import make_mesh
 from train.errors import ConfigError
 
-_TOKENS = (64, 256, 1024, 4096)  # of --sweep tokens
-_BATCHES = (16, 32, 64, 128, 256, 512)  # of --sweep batch
+_TOKENS = (64, 256, 1024, 4096)
+_BATCHES = (16, 32, 64, 128, 256, 512)
 
 
 def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
-  """Images per second by microbatch: all powers of two in a device's part of the batch."""
+  """Images per second by microbatch, for powers of two that divide a device's part of the batch.
+
+  Microbatches that do not fit the memory are left out, with a line on stdout.
+  """
   rates = {}
   local_batch = config.batch_size // make_mesh(**config.mesh).size
   dataset = timing.load(config)
@@ -36,10 +39,17 @@ def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
 
 
 def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[dict[str, Any]]:
-  """Cost against the number of tokens (patches become smaller) or the batch.
+  """Measures the cost at several numbers of tokens (through the patch size) or batch sizes.
 
-  With tokens, each device computes one image at a time; sizes that the memory at hand can't hold
-  are left out, and said so.
+  With tokens, each device computes one image at a time. Sizes that do not fit the memory are left
+  out, with a line on stdout.
+
+  Args:
+    over: "tokens" or "batch".
+    repeats, seconds: measurements of each size, and the seconds of each.
+  Returns:
+    A row per size: the size under the name `over`, ms_per_image, images_per_second,
+    flops_per_image and temporary_bytes (per device).
   """
   rows = []
   dataset = timing.load(config)
@@ -80,7 +90,7 @@ def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[d
 def sweep_and_draw(
   config: ConfigDict, over: str, repeats: int, seconds: float, folder: Path
 ) -> list[dict[str, Any]]:
-  """Sweeps, and writes sweep.json and sweep.png to a folder unless no size could be measured."""
+  """Sweeps, and writes sweep.json and sweep.png to `folder` if any size could be measured."""
   rows = sweep(config, over, repeats, seconds)
   if rows:
     name = config.model.name

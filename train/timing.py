@@ -1,4 +1,4 @@
-"""Times steps as training does them, with input, augmentation, dropout and optimizer."""
+"""Times whole training steps: input, augmentation, dropout, gradients and optimizer."""
 
 import time
 from collections.abc import Generator
@@ -26,18 +26,18 @@ class Training(NamedTuple):
   microbatch: int
   step: jax.stages.Wrapped
   state: TrainState
-  split: data.AnySplit  # that it trains on
-  calls: Generator[dict]  # what `step` takes, on the mesh, without end
+  split: data.AnySplit  # the training images
+  calls: Generator[dict]  # endless batches for `step`, on the mesh
   compile_seconds: float
-  memory: int  # bytes that the compiler plans for a device's temporaries
+  memory: int  # bytes of temporaries per device, as planned by the compiler
 
 
 def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training:
-  """Reads the data, unless given, compiles the step and does it once.
+  """Reads the data (unless given), compiles the step and runs it once.
 
   Raises:
     ConfigError: the batch does not fit the devices.
-    DataError: the dataset is out of reach or broken.
+    DataError: the dataset is unavailable or broken.
     MemoryError: a step does not fit the memory.
   """
   devices = make_mesh(**config.mesh)
@@ -48,7 +48,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   compiling = compile_in_background(step, init, config, info, devices)
   dataset = dataset or load(config)
   compiled, compile_seconds = compiling.result()
-  analysis = compiled.memory_analysis()  # None where the compiler does not tell
+  analysis = compiled.memory_analysis()  # None if the compiler does not report it
   memory = analysis.temp_size_in_bytes if analysis else 0
   available = psutil.virtual_memory().available
   if devices.devices.flat[0].platform == "cpu" and memory * devices.size > available:
@@ -56,7 +56,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
       f"a step needs {memory * devices.size / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
     )
 
-  calls = train_calls(dataset["train"], config, devices, range(2**40))  # without end
+  calls = train_calls(dataset["train"], config, devices, range(2**40))  # endless
   try:
     state = init(*channel_statistics(dataset["train"]))
     first = next(calls)
@@ -65,7 +65,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise MemoryError(str(error).splitlines()[0]) from error
-  # An epoch's last call may have fewer steps: another program, to be compiled first.
+  # Skip an epoch's shorter last call: it would compile another program.
   calls = (call for call in calls if len(call["label"]) == len(first["label"]))
   split = dataset["train"]
   return Training(
@@ -74,20 +74,20 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
 
 
 def run(training: Training, steps: int) -> tuple[Training, float]:
-  """Trains for so many steps, in whole calls: the run after them, and the seconds a step took."""
+  """Trains for `steps` or more, in whole calls: the new run, and the seconds per step."""
   state, sums, done = training.state, None, 0
   began = time.perf_counter()
   while done < steps:
     batches, before = next(training.calls), sums
     state, sums = training.step(state, batches)
-    jax.block_until_ready(before)  # one call runs and one waits, as in training
+    jax.block_until_ready(before)  # at most one call waits, as in training
     done += len(batches["label"])
   jax.block_until_ready(state)
   return training._replace(state=state), (time.perf_counter() - began) / done
 
 
 def time_steps(training: Training, repeats: int, seconds: float) -> tuple[Training, list[float]]:
-  """The run after `repeats` of about `seconds` each, and the seconds a step took in each."""
+  """Trains `repeats` times for about `seconds`: the new run, and the seconds per step of each."""
   training, once = run(training, 1)
   steps = max(1, round(seconds / once))
   times = []

@@ -1,7 +1,7 @@
-"""Datasets: found or prepared on disk, and read.
+"""Finds or prepares datasets on disk, and reads them.
 
 Any TFDS image-classification set (features `image` and `label`), prepared as ArrayRecord and read
-without TensorFlow, or an image folder. What fits is kept in memory, the rest is streamed.
+without TensorFlow, or an image folder. Sets that fit are kept in memory, others are streamed.
 """
 
 import concurrent.futures
@@ -36,19 +36,19 @@ __all__ = [
 
 SPLITS = ("train", "validation", "test")
 _CHUNK = 1024  # images that a thread reads at a time
-_FOLDER = "folder:"  # in front of the path of an image folder
+_FOLDER = "folder:"  # before the path of an image folder
 _MAX_WORKERS = 16
 
 
 def resolve(data_config: ConfigDict) -> ConfigDict:
-  """Makes sure that a set of TFDS is there: finds it prepared, or prepares it.
+  """Finds a TFDS dataset prepared on disk, or prepares it.
 
   Args:
-    data_config: `config.data`; `fallback` names the dataset to use if `name` is out of reach.
+    data_config: `config.data`; `fallback` names the dataset to use if `name` is unavailable.
   Returns:
-    `data_config`, or a copy whose `name` is the fallback's; a notice on stderr says so.
+    `data_config`, or a copy with the fallback's name after a notice on stderr.
   Raises:
-    DataError: the dataset is broken, or out of reach with no fallback.
+    DataError: the dataset is broken, or unavailable without a fallback.
   """
   try:
     _prepare(data_config)
@@ -70,28 +70,28 @@ def resolve(data_config: ConfigDict) -> ConfigDict:
 
 
 def _prepare(data_config):
-  """Prepares a set of TFDS; a folder is as it is, and `describe` says what is wrong with it."""
+  """Prepares a TFDS dataset. An image folder needs no preparation; `describe` checks it."""
   if not data_config.name.startswith(_FOLDER):
     prepared.open_prepared(data_config)
 
 
 def describe(data_config: ConfigDict, processes: Processes = ALONE) -> DatasetInfo:
-  """Classes, image shape and split sizes; prepares the dataset if need be, but keeps no image.
+  """Classes, image shape and split sizes; prepares the dataset if needed, but keeps no images.
 
   Args:
     data_config: `config.data`.
-    processes: that make this call together: of a folder, each looks at its part of the images.
+    processes: those that make this call together; each checks its part of a folder's images.
   Raises:
-    DataError: the dataset is out of reach, broken, or no image-classification set.
+    DataError: the dataset is unavailable, broken, or not an image-classification set.
   """
   return _describe(_open(data_config, processes), data_config)
 
 
 def foresee(data_config: ConfigDict, train_images: int | None = None) -> DatasetInfo:
-  """What `describe` gives, of a dataset that need not be there; nothing is downloaded or written.
+  """Like `describe`, for a dataset that may not be on disk; nothing is downloaded or written.
 
   Args:
-    train_images: how many train; None: as many as are on disk, or are known to be in the dataset.
+    train_images: number of training images; None: as on disk, or as known without the dataset.
   Raises:
     DataError: TFDS does not know the dataset, or its size is not known.
   """
@@ -103,14 +103,14 @@ def foresee(data_config: ConfigDict, train_images: int | None = None) -> Dataset
     return DatasetInfo(data_config.name, source.class_names, source.image_shape, sizes)
   if not source.sizes:
     raise DataError(
-      f"{data_config.name} is not prepared in {prepared.data_dir(data_config)}, and how many "
-      "images it has is known only then: --images=N says how many train."
+      f"{data_config.name} is not prepared in {prepared.data_dir(data_config)}, so its number of "
+      "images is unknown: --images=N says how many train."
     )
   return _describe(source, data_config)
 
 
 def move(data_config: ConfigDict, folder: str) -> None:
-  """Has a dataset that has moved be looked for in `folder`: of TFDS's sets, or the images' own."""
+  """Points to a dataset that has moved to `folder`: TFDS's data_dir, or the image folder itself."""
   if data_config.name.startswith(_FOLDER):
     data_config.name = _FOLDER + folder
   else:
@@ -135,7 +135,7 @@ def _describe(source, data_config) -> DatasetInfo:
 
 
 def _open(data_config, processes=ALONE):
-  """The dataset on disk, prepared if need be: its class names, image shape, sizes and records."""
+  """The dataset on disk, prepared if needed: class names, image shape, sizes and records."""
   if data_config.name.startswith(_FOLDER):
     path = Path(data_config.name.removeprefix(_FOLDER)).expanduser().absolute()
     return open_folder(path, data_config.skip_broken, processes)
@@ -151,16 +151,16 @@ def _boxed(text):
 def load(
   data_config: ConfigDict, image_size: int, splits: tuple[str, ...] = SPLITS, sharers: int = 1
 ) -> Dataset:
-  """Opens a dataset, prepared first if need be, and reads it into memory if it fits.
+  """Opens a dataset, prepared first if needed, and reads it into memory if it fits.
 
   Args:
     data_config: `config.data`.
-    image_size: height and width in pixels to which images are resized where the dataset's differ
-      in size; where all have one size, they are kept as they are.
+    image_size: height and width in pixels to which images of differing sizes are resized; if all
+      have one size, they keep it.
     splits: which of "train", "validation" and "test" to open.
     sharers: processes that open it on this host at the same time, and share memory and cores.
   Raises:
-    DataError: the dataset is out of reach or broken.
+    DataError: the dataset is unavailable or broken.
   """
   info = describe(data_config)
   source = _open(data_config)
@@ -193,5 +193,5 @@ def _read(streamed: StreamedSplit) -> Split:
       for chunk in chunks:
         chunk.result()
     finally:
-      threads.shutdown(wait=False, cancel_futures=True)  # after an error, of the others
+      threads.shutdown(wait=False, cancel_futures=True)  # after an error, cancels the other chunks
   return Split(images, labels)

@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(dest="command", required=True)
   prepare = commands.add_parser("prepare", help="write a dataset to disk", allow_abbrev=False)
   prepare.add_argument("--name", required=True, help='dataset of TFDS, or "shapes100"')
-  prepare.add_argument("--data_dir", default="", help="where to; default: $TFDS_DATA_DIR")
+  prepare.add_argument("--data_dir", default="", help="target folder; default: $TFDS_DATA_DIR")
   prepare.add_argument("--archive", default="", help="archive on disk, instead of a download")
   samples = commands.add_parser("show", help="draw sample images and patches", allow_abbrev=False)
   samples.add_argument("--config", required=True, help=flags.CONFIG_HELP)

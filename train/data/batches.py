@@ -1,8 +1,7 @@
-"""Images -> batches on the mesh: which image is where, and how it gets there.
+"""Cuts images into batches, and puts them on the mesh.
 
-Batches are numbered from 0 over all epochs. What is in number n is a function of (seed, n), neither
-of the processes nor of where the images come from: a step's number is all that a checkpoint needs
-to know of the data.
+Batches are numbered from 0 over all epochs. Batch n depends only on (seed, n), not on the number of
+processes or the source of the images, so a checkpoint needs to hold only the step.
 """
 
 import collections
@@ -28,33 +27,33 @@ from train.interrupt import SIGNALS
 
 Batch = Mapping[str, np.ndarray]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
 
-_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+_PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
-  """Batches that hold every example once; the last may be filled up."""
+  """Number of batches that hold every example once; the last may be padded."""
   return -(-num_examples // batch_size)
 
 
-@functools.lru_cache(maxsize=2)  # of the epoch under way, and of the next
+@functools.lru_cache(maxsize=2)  # the current epoch and the next
 def _order(size: int, seed: int | None, epoch: int) -> np.ndarray:
-  """The images of an epoch (from 0), in order: as on disk without a seed."""
+  """Indices of the images of an epoch (from 0) in order; without a seed, the order on disk."""
   if seed is None:
     return np.arange(size)
-  # RandomState, as numpy has frozen its stream: a run may be resumed with a later numpy. Recipes
-  # count epochs from 1.
+  # numpy has frozen RandomState's stream, so a run can resume with a later numpy. Recipes count
+  # epochs from 1.
   return np.random.RandomState([seed, epoch + 1]).permutation(size)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-  """Batches by number, as Grain reads a source."""
+  """Batches by number: a data source for Grain."""
 
   split: AnySplit
   batch_size: int
   seed: int | None
   numbers: range
-  rows: np.ndarray  # of each batch, those to read
+  rows: np.ndarray  # rows of each batch to read
 
   def __len__(self) -> int:
     return len(self.numbers)
@@ -78,19 +77,19 @@ def batches(
   rows: np.ndarray | None = None,
   in_processes: bool = False,
 ) -> Iterator[Batch]:
-  """Cuts a split in batches, every image exactly once an epoch.
+  """Cuts a split into batches, every image exactly once per epoch.
 
   Args:
-    split: what to cut. A streamed one is read and decoded ahead by Grain.
+    split: the images; Grain reads and decodes a streamed split ahead.
     batch_size: B, rows of each batch, over all devices of all processes.
-    seed: shuffles: the order is a function of (seed, epoch) alone. None: the order on disk.
-    numbers: of the batches to give, counted over all epochs; None: those of one epoch.
-    rows: of each batch, those to give: a process' own; None: all.
-    in_processes: decode a streamed split in processes of their own, which take seconds to start,
-      and not in threads.
+    seed: shuffles: the order depends only on (seed, epoch). None: the order on disk.
+    numbers: batches to yield, counted over all epochs; None: one epoch.
+    rows: rows of each batch to yield, such as this process' own; None: all.
+    in_processes: decode a streamed split in worker processes, which take seconds to start, instead
+      of threads.
   Yields:
-    {"image": uint8 [B, H, W, C], "label": int32 [B], "mask": bool [B]}, or the `rows` of it. An
-    epoch's last batch is filled up with rows whose mask is False.
+    {"image": uint8 [B, H, W, C], "label": int32 [B], "mask": bool [B]}, or only the `rows` of it.
+    An epoch's last batch is padded with rows whose mask is False.
   Raises:
     DataError: an image can't be read.
   """
@@ -107,18 +106,18 @@ def batches(
 
 
 def _stream(source: _Batches, workers: int, in_processes: bool) -> Iterator[Batch]:
-  """The batches of a source in order, read ahead by workers, each every `workers`th batch."""
-  import grain  # late: seconds, and sets that fit the memory need it not
+  """Yields the batches of a source in order; workers take turns to read them ahead."""
+  import grain  # late: takes seconds, and only streamed sets need it
 
-  absl.flags.FLAGS.mark_as_parsed()  # Grain reads flags of absl's, which nobody has parsed
+  absl.flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which nothing else parses
   threads = 1 if in_processes else workers
   dataset = grain.MapDataset.source(source).to_iter_dataset(
-    # One batch more than threads, so that none of them waits until a batch is taken.
+    # One batch more than threads, so that no thread waits for a batch to be taken.
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
   )
   if in_processes:
     options = grain.MultiprocessingOptions(num_workers=min(workers, len(source)))
-    # What Grain leaves in shared memory at its end, Python's tracker removes, with a warning.
+    # Python warns when it removes shared memory that Grain leaves behind.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
   with contextlib.closing(iter(dataset)) as iterator:
@@ -126,7 +125,7 @@ def _stream(source: _Batches, workers: int, in_processes: bool) -> Iterator[Batc
 
 
 def _begin_worker(worker: int, workers: int) -> None:
-  """A worker leaves signals to the process that it reads for, and ends with it."""
+  """Makes a worker ignore signals, and end with its parent process."""
   del worker, workers
   for signum in SIGNALS:
     signal.signal(signum, signal.SIG_IGN)
@@ -135,7 +134,7 @@ def _begin_worker(worker: int, workers: int) -> None:
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """The rows of a batch that lie on this process' devices, in order."""
+  """Indices of the rows of a batch that this process' devices hold, in order."""
   places = by_example(mesh).addressable_devices_indices_map((batch_size,)).values()
   rows = np.arange(batch_size)
   return np.unique(np.concatenate([rows[place] for place in places]))
@@ -144,9 +143,11 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def train_calls(
   split: AnySplit, config: ConfigDict, mesh: Mesh, steps: range
 ) -> Generator[dict[str, jax.Array]]:
-  """What `step.make_train_step`'s function takes for some steps, counted over all epochs.
+  """Yields the batches of each call of the train step, on the mesh: image [K, B, H, W, C] etc.
 
-  A call's steps are all of one epoch: its last call may have fewer than `config.steps_per_call`.
+  Args:
+    steps: counted over all epochs. All K steps of a call are in one epoch, so an epoch's last call
+      may have fewer than `config.steps_per_call`.
   """
   per_epoch = num_batches(len(split), config.batch_size)
   rows = own_rows(mesh, config.batch_size)
@@ -165,13 +166,13 @@ def train_calls(
 
 
 def eval_batches(split: AnySplit, batch_size: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-  """What `step.make_eval_step`'s function takes: every image of the split once."""
+  """Yields the batches for the eval step, on the mesh: every image of the split once."""
   iterator = batches(split, batch_size, rows=own_rows(mesh, batch_size))
   return prefetch(iterator, by_example(mesh))
 
 
 def stack(iterator: Iterator[Batch], sizes: Iterator[int]) -> Iterator[Batch]:
-  """Stacks so many batches at a time, until there are none: image uint8 [size, B, H, W, C] etc."""
+  """Stacks as many batches as `sizes` says, until none are left: image [size, B, H, W, C] etc."""
   for size in sizes:
     if not (group := list(itertools.islice(iterator, size))):
       return
@@ -183,8 +184,8 @@ def prefetch(
 ) -> Generator[dict[str, jax.Array]]:
   """Puts batches on the mesh ahead of their use, at most `size` at a time; keeps their order.
 
-  Each process gives its own rows. Copies are asynchronous: while a step computes, the next batches
-  are on their way.
+  Each process passes its own rows. Copies are asynchronous: the next batches are copied while a
+  step computes.
   """
   ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
   for batch in iterator:

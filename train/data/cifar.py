@@ -1,8 +1,7 @@
 """TFDS's CIFAR-10 and CIFAR-100, prepared without TensorFlow.
 
-TFDS's own builders read files and encode PNGs with TensorFlow. These keep their name, version,
-features, URL and checksum, so what they write is read by TFDS as its own; the bytes are read with
-Python and encoded with Pillow.
+TFDS's own builders read files and encode PNGs with TensorFlow; these use Python and Pillow. They
+keep TFDS's name, version, features, URL and checksum, so that TFDS reads the result as its own.
 """
 
 import tarfile
@@ -13,17 +12,17 @@ from PIL import Image
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.image_classification import cifar
 
-_PIXELS = 3 * 32 * 32  # bytes of an image: a plane each of red, green and blue
+_PIXELS = 3 * 32 * 32  # bytes of an image: the red, green and blue planes
 
 
 class _WithoutTensorFlow(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Reads the binary archive: after the label bytes of an image come its pixels, plane by plane."""
+  """Reads the binary archive: each image's label bytes, then its pixels, plane by plane."""
 
   archive = ""  # path of the archive on disk; "": TFDS downloads it and verifies its checksum
 
   @property
   def url_infos(self) -> dict[str, checksums.UrlInfo]:
-    """The archive's URL with the size and sha256 that TFDS has on record for it."""
+    """The archive's URL with its published size and sha256."""
     url = self._cifar_info.url
     return {url: checksums.get_all_url_infos()[url]}
 
@@ -63,7 +62,7 @@ def _read(tar: tarfile.TarFile, name: str) -> bytes:
   return file.read()
 
 
-# Not registered with TFDS, which knows its own classes under these names.
+# Not registered: TFDS has its own classes of these names.
 class Cifar10(_WithoutTensorFlow, cifar.Cifar10, skip_registration=True):
   """CIFAR-10: 50,000 + 10,000 images of 32x32 in 10 classes."""
 

@@ -1,4 +1,4 @@
-"""Image folders: PATH/{train,test}/CLASS/*.png|jpg, read as TFDS's sets are."""
+"""Image folders: PATH/{train,test}/CLASS/*.png|jpg, read like TFDS's datasets."""
 
 import concurrent.futures
 import hashlib
@@ -13,14 +13,14 @@ from train.devices.machine import cores
 from train.errors import DataError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-_LISTED = 20  # broken images that a message names
+_MOST_LISTED = 20  # broken images that a message names
 
 
 class Processes(NamedTuple):
   """How the processes that open a folder together divide the work.
 
-  share: this process' part of a sequence that is the same in all of them.
-  gather: what each process passes (of JSON's types), in their order; waits for all of them.
+  share: returns this process' part of a sequence that is the same in all processes.
+  gather: returns every process' argument (of JSON's types), in order; waits for all of them.
   """
 
   share: Callable[[Sequence], Sequence]
@@ -28,13 +28,13 @@ class Processes(NamedTuple):
 
 
 ALONE = Processes(share=lambda items: items, gather=lambda content: [content])
-_opened: dict[tuple[Path, bool], "Folder"] = {}  # the last folder: its images are looked at once
+_opened: dict[tuple[Path, bool], "Folder"] = {}  # the last folder, to check its images only once
 
 
 class Records:
   """Encoded images and their labels, by index."""
 
-  advice = "Move it out of the folder, or save it anew as a PNG."  # to whom it can't be read
+  advice = "Move it out of the folder, or save it anew as a PNG."  # if a file can't be read
 
   def __init__(self, paths: Sequence[str], labels: Sequence[int]):
     self._paths, self._labels = paths, labels
@@ -43,7 +43,7 @@ class Records:
     return len(self._paths)
 
   def read(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
-    """Files as they are on disk, and labels."""
+    """Encoded files and labels of some rows."""
     return [(Path(self._paths[row]).read_bytes(), self._labels[row]) for row in rows]
 
   def file(self, row: int) -> str:
@@ -54,8 +54,8 @@ class Records:
 class Folder:
   """A dataset of images in folders; PATH's subfolders are its splits.
 
-  Within a split the order is that of a hash of CLASS/FILE: classes are mixed, so that the last
-  tenth of a split is a fair sample of it, and an image that is added moves no other.
+  A split is ordered by a hash of CLASS/FILE. This mixes the classes, so that the last tenth of a
+  split is a fair sample of it, and a new image does not reorder the others.
   """
 
   image_shape = (None, None, 3)
@@ -63,11 +63,11 @@ class Folder:
   def __init__(self, path: Path, skip_broken: bool = False, processes: Processes = ALONE):
     """
     Args:
-      path: of the folder.
-      skip_broken: leave out images that can't be decoded, and say so on stderr.
-      processes: that open the folder together.
+      path: the folder.
+      skip_broken: leave out images that can't be decoded, and list them on stderr.
+      processes: those that open the folder together.
     Raises:
-      DataError: the folder is none, holds no images, or broken ones.
+      DataError: the path is not a folder, holds no images, or holds broken ones.
     """
     if not path.is_dir():
       raise DataError(f"config.data.name = folder:{path}: that is no folder.")
@@ -103,14 +103,14 @@ class Folder:
     self.sizes = {split: len(rows) for split, rows in self._splits.items()}
 
   def records(self, instruction: str) -> Records:
-    """Those of a split, or of a part of it.
+    """The records of a split, or of a part of it.
 
     Args:
       instruction: in TFDS's notation, such as "train[:90%]".
     Raises:
       KeyError, ValueError, AssertionError: there is no such split.
     """
-    import tensorflow_datasets as tfds  # late: half a second
+    import tensorflow_datasets as tfds  # late: slow to import
 
     infos = {
       name: tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
@@ -123,8 +123,8 @@ class Folder:
 
 
 def open_folder(path: Path, skip_broken: bool, processes: Processes = ALONE) -> Folder:
-  """The dataset of a folder, whose images are looked at once; a call for all processes."""
-  key = (path, skip_broken)  # whoever opened it first
+  """The dataset of a folder; its images are checked once. All processes must call this."""
+  key = (path, skip_broken)  # not `processes`: what one call has checked serves all
   if key not in _opened:
     folder = Folder(path, skip_broken, processes)
     _opened.clear()
@@ -141,27 +141,27 @@ def _hash(file: Path) -> str:
 
 
 def _broken(files: Sequence[Path], processes: Processes) -> dict[Path, str]:
-  """The files that are no whole images, and why: Pillow refuses what OpenCV fills up with grey."""
+  """Broken files, and why. Pillow refuses truncated images, which OpenCV fills with grey."""
 
   def look(file: Path) -> str:
     try:
       with Image.open(file) as image:
         image.load()
       return ""
-    except Exception as error:  # Pillow's decoders raise what they like
+    except Exception as error:  # Pillow's decoders raise errors of any type
       return str(error).splitlines()[0] if str(error) else type(error).__name__
 
   mine = processes.share(files)
-  with concurrent.futures.ThreadPoolExecutor(cores()) as threads:  # decoders need no lock
+  with concurrent.futures.ThreadPoolExecutor(cores()) as threads:  # decoders release Python's lock
     reasons = zip(mine, threads.map(look, mine), strict=True)
     found = [(str(file), reason) for file, reason in reasons if reason]
   return {Path(file): reason for part in processes.gather(found) for file, reason in part}
 
 
 def _report(path: Path, broken: dict[Path, str], skipped: bool) -> None:
-  lines = [f"  {file}: {reason}" for file, reason in sorted(broken.items())[:_LISTED]]
-  if len(broken) > _LISTED:
-    lines.append(f"  and {len(broken) - _LISTED:,} more")
+  lines = [f"  {file}: {reason}" for file, reason in sorted(broken.items())[:_MOST_LISTED]]
+  if len(broken) > _MOST_LISTED:
+    lines.append(f"  and {len(broken) - _MOST_LISTED:,} more")
   if not skipped:
     raise DataError(
       f"{path} holds broken images ({len(broken):,}); --config.data.skip_broken=True leaves them "

@@ -1,4 +1,4 @@
-"""Datasets of TFDS: found prepared on disk, or prepared, as ArrayRecord and without TensorFlow."""
+"""TFDS datasets: finds them on disk, or prepares them as ArrayRecord without TensorFlow."""
 
 import contextlib
 import functools
@@ -21,8 +21,8 @@ _NOTHING_DELETED = (
   "with --config.data.data_dir."
 )
 _EMBEDDED = "shapes100"  # the embedded dataset: drawn on the spot, needs no network
-# Images of sets that are often planned for before they are there, from TFDS's catalog: TFDS itself
-# knows sizes of prepared sets only.
+# Numbers of images from TFDS's catalog, to plan for datasets that are not on disk yet: TFDS itself
+# knows them for prepared datasets only.
 _SIZES = {
   "cifar10": {"train": 50_000, "test": 10_000},
   "cifar100": {"train": 50_000, "test": 10_000},
@@ -32,12 +32,12 @@ _SIZES = {
 
 
 class TfdsSet:
-  """A dataset of TFDS, prepared or to come.
+  """A TFDS dataset, prepared or not yet.
 
   folder: where it is, or will be.
   class_names: in the order of the labels.
   image_shape: H, W and C; None where images differ in size.
-  sizes: images in each split; {} if the dataset is not there, and nobody knows.
+  sizes: images in each split; {} if they are unknown before the dataset is prepared.
   """
 
   def __init__(self, builder, splits):
@@ -49,7 +49,7 @@ class TfdsSet:
     self.sizes = {name: split.num_examples for name, split in self._splits.items()}
 
   def records(self, instruction: str) -> "Records":
-    """Those of a split, or of a part of it.
+    """The records of a split, or of a part of it.
 
     Args:
       instruction: in TFDS's notation, such as "train[:90%]".
@@ -60,12 +60,12 @@ class TfdsSet:
 
 
 class Records:
-  """Encoded images and their labels, by index: those of a split in ArrayRecord files."""
+  """Encoded images of a split in ArrayRecord files, and their labels, by index."""
 
-  advice = _NOTHING_DELETED  # to whom a record can't be read
+  advice = _NOTHING_DELETED  # if a record can't be read
 
   def __init__(self, files: Sequence):
-    """files: TFDS's instructions, which file to read from where to where."""
+    """files: TFDS's file instructions, each a file and a range of its records."""
     self._files = files
     lengths = [f.examples_in_shard - f.skip if f.take == -1 else f.take for f in files]
     self._ends = np.cumsum(lengths)
@@ -83,12 +83,12 @@ class Records:
     return {key: value for key, value in vars(self).items() if key != "_source"}
 
   def read(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
-    """PNGs or JPEGs as they are on disk, and labels."""
+    """Encoded images (PNG or JPEG) and labels of some rows."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     records = []
     for record in self._source.__getitems__(rows):
-      # TFDS's own features.deserialize_example_np takes three times as long.
+      # Faster than TFDS's own features.deserialize_example_np.
       feature = tf_example_pb2.Example.FromString(record).features.feature
       label = feature["label"].int64_list.value[0]
       records.append((feature["image"].bytes_list.value[0], label))
@@ -100,19 +100,19 @@ class Records:
 
 
 def open_prepared(data_config: ConfigDict) -> TfdsSet:
-  """A dataset that is on disk as ArrayRecord; downloaded or drawn first if need be.
+  """A dataset on disk as ArrayRecord, downloaded or drawn first if needed.
 
   Args:
     data_config: `config.data`, or its `name`, `data_dir` and `archive`.
   Raises:
-    DataError: the dataset is out of reach, broken, or no image-classification set.
+    DataError: the dataset is unavailable, broken, or not an image-classification set.
   """
   builder = _prepared_builder(data_config)
   return TfdsSet(builder, builder.info.splits)
 
 
 def foresee(data_config: ConfigDict) -> TfdsSet:
-  """A dataset that need not be there: nothing is downloaded or written.
+  """A dataset that may not be on disk; nothing is downloaded or written.
 
   Raises:
     DataError: TFDS does not know the dataset, or what is on disk is broken.
@@ -124,12 +124,12 @@ def foresee(data_config: ConfigDict) -> TfdsSet:
 
 
 def _splits_to_come(builder):
-  """The splits that a dataset will have once it is prepared, as TFDS describes them, if known."""
+  """The splits that a dataset will have once it is prepared, if their sizes are known."""
   import tensorflow_datasets as tfds
 
   splits = []
   for name, size in _SIZES.get(builder.name, {}).items():
-    template = tfds.core.ShardedFileTemplate(  # of no file: TFDS cuts no split without
+    template = tfds.core.ShardedFileTemplate(  # no such file, but TFDS needs it to slice a split
       data_dir=builder.data_path,
       dataset_name=builder.name,
       split=name,
@@ -142,7 +142,7 @@ def _splits_to_come(builder):
 
 
 def _class_names(builder):
-  """Names from disk; numbers where the dataset has none. TFDS reads over a damaged file."""
+  """Names from disk, or numbers if there are none. TFDS does not notice a damaged file."""
   label = builder.info.features["label"]
   path = Path(label.get_names_filepath(builder.data_path, "label"))
   if not path.exists():
@@ -172,7 +172,7 @@ def _image_builder(data_config):
 
 
 def _prepared_builder(data_config):
-  """A TFDS builder whose data is on disk as ArrayRecord; downloads or draws the data if need be."""
+  """A TFDS builder whose data is on disk as ArrayRecord; downloads or draws the data if needed."""
   builder = _image_builder(data_config)
   folder = Path(builder.data_path)
   if not folder.exists():
@@ -196,7 +196,7 @@ def data_dir(data_config: ConfigDict) -> Path:
 
 def _builder(name, data_dir):
   """The TFDS builder of a dataset, ours where we have one; nothing is prepared yet."""
-  import tensorflow_datasets as tfds  # imported late: half a second
+  import tensorflow_datasets as tfds  # late: slow to import
 
   from train.data.cifar import Cifar10, Cifar100
   from train.data.shapes100 import Shapes100
@@ -205,7 +205,7 @@ def _builder(name, data_dir):
   try:
     if name in ours:
       return ours[name](data_dir=data_dir)
-    with contextlib.redirect_stdout(io.StringIO()):  # where TFDS asks for TensorFlow
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it wants TensorFlow
       return tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
     raise DataError(f"--config.data.name={name} is no dataset that TFDS knows.") from None
@@ -217,7 +217,7 @@ def _builder(name, data_dir):
 
 
 def _damaged_json(folder):
-  """The file that is no JSON, below a dataset's folder; the folder if there is none."""
+  """The first file below a dataset's folder that is not valid JSON; the folder if all are."""
   for path in sorted(folder.rglob("*.json")):
     try:
       json.loads(path.read_bytes())
@@ -227,7 +227,7 @@ def _damaged_json(folder):
 
 
 def _prepare(builder, data_config):
-  """Has TFDS write the dataset to disk, from its archive or URL. TFDS does so atomically."""
+  """Lets TFDS write the dataset to disk, atomically, from its archive or URL."""
   import requests
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
@@ -248,7 +248,7 @@ def _prepare(builder, data_config):
   except ModuleNotFoundError as error:
     raise DataError(
       f"TFDS prepares {builder.name} with a package that is not installed here: "
-      f"{first_line(error)} Prepare it where there is one, with "
+      f"{first_line(error)} Prepare it on a machine that has the package, with "
       f'builder.download_and_prepare(file_format="array_record"), and copy the result to '
       f"{builder.data_path}."
     ) from error
@@ -260,7 +260,7 @@ def _prepare(builder, data_config):
 
 
 def _use_archive(builder, data_config):
-  """Has the builder read the archive on disk, after a look at its checksum."""
+  """Makes the builder read the archive on disk, after a check of its size and sha256."""
   from tensorflow_datasets.core.download import checksums
 
   archive = Path(data_config.archive).expanduser()
@@ -280,9 +280,9 @@ def _use_archive(builder, data_config):
 
 
 def _require_reachable(builder, data_config, timeout=8):
-  """Raises if the dataset's host does not answer: TFDS would try again for over three minutes."""
+  """Raises if the dataset's host does not answer: TFDS would retry for over three minutes."""
   url = next(iter(builder.url_infos or ()), None)
-  if url is None:  # drawn on the spot, or not known beforehand
+  if url is None:  # drawn on the spot, or unknown
     return
   answer = [f"no answer within {timeout} seconds"]
 
@@ -293,7 +293,7 @@ def _require_reachable(builder, data_config, timeout=8):
     except Exception as error:
       answer[0] = str(getattr(error, "reason", error))
 
-  thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no timeout
+  thread = threading.Thread(target=ask, daemon=True)  # a DNS lookup has no timeout
   thread.start()
   thread.join(timeout)
   if answer[0]:

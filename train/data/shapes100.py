@@ -1,11 +1,11 @@
-"""shapes100: ten shapes times ten textures, drawn on the spot where no other dataset is at hand.
+"""shapes100: ten shapes times ten textures, drawn locally if no other dataset is available.
 
-Sizes and splits are those of CIFAR-100: 50,000 + 10,000 images of 32x32 pixels, as many of each of
-100 classes. A class is a shape, which only shows across patches (token mixing), in a texture, which
-shows within one (channel mixing). Place, size, angle, colours, background and noise are random.
+Sizes and splits are those of CIFAR-100: 50,000 + 10,000 images of 32x32 pixels, equally many of 100
+classes. A class is a shape, visible only across patches (token mixing), in a texture, visible
+within a patch (channel mixing). Place, size, angle, colours, background and noise are random.
 
-Every image is the same on every machine: the random stream is numpy's frozen one (RandomState), and
-floats are only added, multiplied, divided and floored, which IEEE 754 defines to the last bit.
+Every image is the same on every machine: numpy has frozen RandomState's stream, and floats are only
+added, multiplied, divided and floored, which IEEE 754 defines to the last bit.
 """
 
 import numpy as np
@@ -42,9 +42,9 @@ CHUNK = 1000  # images drawn at a time: ten of each class
 
 
 def _depth(shape, x, y):
-  """How far a point lies inside a shape of radius 1 at the origin; negative outside.
+  """Depth of points inside a shape of radius 1 at the origin; negative outside.
 
-  `x` and `y` are float32 arrays of one shape; the result has it too. True to distance near edges.
+  `x`, `y` and the result are float32 arrays of one shape. Near edges it is close to the distance.
   """
   square_radius = x * x + y * y
   disc = (1 - square_radius) * np.float32(0.5)
@@ -74,15 +74,15 @@ def _depth(shape, x, y):
 
 
 def _weave(texture, x, y, grain):
-  """Share of an object's second colour at each point, 0 to 1, float32.
+  """Weight of an object's second colour at each point, 0 to 1, float32.
 
   Args:
     texture: one of TEXTURES.
-    x, y: where, in pixels along the object's own axes, from its centre; float32.
-    grain: noise to make speckles of, uint8, uniform, in the shape of `x`.
+    x, y: pixels along the object's own axes, from its centre; float32.
+    grain: noise for speckles, uint8, uniform, in the shape of `x`.
   """
 
-  def alternate(z):  # 0 and 1 in turns, two pixels and a bit wide
+  def alternate(z):  # stripes of 0 and 1, 2.4 pixels wide
     return np.floor(z / np.float32(2.4)) % 2
 
   match texture:
@@ -116,14 +116,14 @@ def draw(split: str, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     split: "train" or "test".
     chunk: its index, from 0.
   Returns:
-    Images, uint8 [CHUNK, 32, 32, 3], and labels, int64 [CHUNK]: indices into CLASS_NAMES, in turns.
+    Images, uint8 [CHUNK, 32, 32, 3], and labels, int64 [CHUNK]: CLASS_NAMES' indices, in cycles.
   """
   random = np.random.RandomState([("train", "test").index(split), chunk])
 
   def uniform(low, high, *shape):
     return (low + (high - low) * random.random_sample((CHUNK, *shape))).astype(np.float32)
 
-  # Three colours, a quarter of the range or more apart (modulo 256) in each channel.
+  # Three colours, at least a quarter of the range apart (modulo 256) in each channel.
   background = uniform(0, 256, 1, 1, 3)
   near, far = uniform(64, 107, 1, 1, 3), uniform(149, 192, 1, 1, 3)
   swap = uniform(0, 1, 1, 1, 3) < 0.5
@@ -132,7 +132,7 @@ def draw(split: str, chunk: int) -> tuple[np.ndarray, np.ndarray]:
 
   radius = uniform(8, 14, 1, 1)
   middle_x, middle_y = uniform(10, SIZE - 10, 1, 1), uniform(10, SIZE - 10, 1, 1)
-  half_tangent = uniform(-1, 1, 1, 1)  # of the angle, which so lies within a quarter turn
+  half_tangent = uniform(-1, 1, 1, 1)  # tan(angle / 2): the angle is within +- a quarter turn
   cosine = (1 - half_tangent * half_tangent) / (1 + half_tangent * half_tangent)
   sine = 2 * half_tangent / (1 + half_tangent * half_tangent)
 
@@ -158,10 +158,10 @@ def draw(split: str, chunk: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Shapes100(tfds.core.GeneratorBasedBuilder):
-  """The dataset in TFDS's hands: `tfds.builder("shapes100")` after this module is imported."""
+  """The TFDS builder: `tfds.builder("shapes100")` after this module is imported."""
 
   VERSION = tfds.core.Version("1.0.0")
-  chunks = {"train": 50, "test": 10}  # of each split; tests draw fewer
+  chunks = {"train": 50, "test": 10}  # per split; tests draw fewer
 
   def _info(self):
     return tfds.core.DatasetInfo(

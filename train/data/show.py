@@ -8,14 +8,14 @@ from train.data import load, resolve
 
 
 def draw_samples(config: ConfigDict, output: str) -> None:
-  """Draws validation images with their labels, and one resized and cut in patches for the model.
+  """Draws validation images with their labels, and one resized and cut into the model's patches.
 
   Args:
-    config: a whole configuration, with `model.image_size` and `model.patch_size` in pixels.
+    config: a whole config, with `model.image_size` and `model.patch_size` in pixels.
     output: the PNG file to write.
   Raises:
-    DataError: the dataset is out of reach or broken.
-    ValueError: the image size is no multiple of the patch size.
+    DataError: the dataset is unavailable or broken.
+    ValueError: the image size is not a multiple of the patch size.
   """
   import matplotlib
 
@@ -50,7 +50,7 @@ def draw_samples(config: ConfigDict, output: str) -> None:
 
 
 def _cut_in_patches(image, patch):
-  """Moves the patches of an image [S, S, ...] apart by white gaps, a sixth of a patch wide."""
+  """Separates the patches of an image [S, S, ...] by white gaps, a sixth of a patch wide."""
   for axis in (0, 1):
     image = np.repeat(image, 6, axis)  # so that a sixth of a patch is a whole number
     cuts = range(6 * patch, image.shape[axis], 6 * patch)

@@ -1,4 +1,4 @@
-"""What a dataset is once it is found: its description, and its images, in memory or streamed."""
+"""A dataset's description and its images, in memory or streamed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from train.errors import DataError, first_line
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-  """What is known of a dataset before any image is read."""
+  """What is known about a dataset before any image is read."""
 
   name: str
   class_names: tuple[str, ...]
@@ -24,7 +24,7 @@ class DatasetInfo:
     return len(self.class_names)
 
   def shape_in_memory(self, image_size: int) -> tuple[int, int, int]:
-    """H, W and C of the images once they are read: of `image_size` where they differ in size."""
+    """H, W and C of the images once read: resized to `image_size` if their sizes differ."""
     height, width, channels = self.image_shape
     return height or image_size, width or image_size, channels
 
@@ -45,14 +45,14 @@ class Split:
 
 
 class Records(Protocol):
-  """Encoded images and their labels, by index: those of TFDS's files, or of an image folder."""
+  """Encoded images and their labels, by index, from TFDS's files or from an image folder."""
 
-  advice: str  # to whom a record can't be read
+  advice: str  # if a record can't be read
 
   def __len__(self) -> int: ...
 
   def read(self, rows: Sequence[int] | np.ndarray) -> list[tuple[bytes, int]]:
-    """PNGs or JPEGs as they are on disk, and labels."""
+    """Encoded images (PNG or JPEG) and labels of some rows."""
 
   def file(self, row: int) -> str:
     """The file that holds a record."""
@@ -60,10 +60,10 @@ class Records(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit:
-  """Images on disk, read and decoded when they are asked for; otherwise like a `Split`."""
+  """Images on disk, read and decoded on demand; otherwise like a `Split`."""
 
   records: Records
-  shape: tuple[int, int, int]  # H, W and C, to which all are resized
+  shape: tuple[int, int, int]  # H, W and C; images of other sizes are resized
   workers: int  # processes that read ahead
 
   def __len__(self) -> int:
@@ -77,15 +77,19 @@ class StreamedSplit:
     return images, labels
 
   def read(self, rows: Sequence[int] | np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-    """Puts some rows in arrays that are there. Raises DataError if one can't be read."""
+    """Reads some rows into arrays (uint8 [N, H, W, C], int32 [N]).
+
+    Raises:
+      DataError: an image can't be read.
+    """
     try:
       for i, (encoded, label) in enumerate(self.records.read(rows)):
         images[i], labels[i] = decode(encoded, self.shape), label
     except Exception as error:
-      if len(rows) > 1:  # the one that is damaged is to be named
+      if len(rows) > 1:  # find the damaged one, to name it
         for i, row in enumerate(rows):
           self.read([row], images[i : i + 1], labels[i : i + 1])
-        return  # it could be read after all
+        return  # all could be read after all
       raise DataError(
         f"{self.records.file(rows[0])} can't be read: {first_line(error)} {self.records.advice}"
       ) from error
@@ -96,7 +100,7 @@ AnySplit = Split | StreamedSplit
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A dataset, in memory or streamed; a split that was not asked for is None."""
+  """A dataset, in memory or streamed; a split that was not opened is None."""
 
   name: str
   class_names: tuple[str, ...]
@@ -105,7 +109,7 @@ class Dataset:
   test: AnySplit | None = None
 
   def __getitem__(self, split: str) -> AnySplit:
-    """A split by name. Raises KeyError if it was not asked for."""
+    """A split by name. Raises KeyError if it was not opened."""
     if (found := vars(self)[split]) is None:
       raise KeyError(f"the split {split!r} of {self.name} was not opened")
     return found

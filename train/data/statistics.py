@@ -9,13 +9,13 @@ import numpy as np
 from train.data.splits import AnySplit
 from train.devices.machine import cores
 
-_BYTES_AT_A_TIME = 2**22  # of images that a thread holds; OpenCV counts pixels in 32 bits
+_BYTES_AT_A_TIME = 2**22  # images that a thread holds; OpenCV counts pixels in 32 bits
 
 
 def channel_statistics(split: AnySplit) -> tuple[np.ndarray, np.ndarray]:
   """Mean and variance of each channel of a split's images, in pixel units: float32 [C] each.
 
-  Of many images, 65,536 evenly spaced ones stand for all.
+  Of larger splits, 65,536 evenly spaced images are read.
   """
   rows = np.linspace(0, len(split), min(len(split), 2**16), endpoint=False, dtype=int)
   image, _ = split[rows[:1]]
@@ -26,7 +26,7 @@ def channel_statistics(split: AnySplit) -> tuple[np.ndarray, np.ndarray]:
     images, _ = split[part]
     return cv2.meanStdDev(images.reshape(-1, *images.shape[2:]))
 
-  with ThreadPoolExecutor(cores()) as threads:  # decoders need no lock
+  with ThreadPoolExecutor(cores()) as threads:  # decoders release Python's lock
     each = list(threads.map(mean_and_deviation, parts))
   means, deviations = np.asarray(each)[..., 0].swapaxes(0, 1)
   average = functools.partial(np.average, axis=0, weights=[len(part) for part in parts])

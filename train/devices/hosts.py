@@ -1,7 +1,7 @@
-"""Several processes that train one model: how they meet, and what they decide together.
+"""Several processes that train one model: how they connect, and how they decide together.
 
-Each host of a TPU slice runs one process, a cluster of GPUs one a GPU. All make the same calls in
-the same order; what a single one would decide for itself (a signal, a clock) is put to the vote.
+A TPU slice runs one process per host, a GPU cluster one per GPU. All make the same calls in the
+same order, and vote on what a single process decides alone (after a signal, by the clock).
 """
 
 import argparse
@@ -27,29 +27,29 @@ from jax.sharding import Mesh
 from train.devices.mesh import by_example
 from train.errors import Disagreement, Interrupted, fail
 
-LOST = 75  # exit status where another process is missing or lost: sysexits' "try again"
+LOST = 75  # exit status if another process is missing or lost: EX_TEMPFAIL of sysexits.h
 _HOURS_TO_WAIT = 24  # while another process prepares a dataset
-_SECONDS_TO_MEET = 300  # that the first process waits for the last one to start
+_SECONDS_TO_CONNECT = 300  # from the start of the first process to that of the last
 _LAUNCHED_BY = {"OMPI_COMM_WORLD_SIZE": "Open MPI", "JOB_COMPLETION_INDEX": "Kubernetes"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags that say which process of which run this is, for where nothing else says it."""
+  """Adds the flags that identify this process, for launchers that JAX does not detect."""
   group = parser.add_argument_group(
     "several hosts",
-    "found out on TPU VMs, SLURM, Open MPI (5 needs mpi4py) and Kubernetes (needs jax[k8s]); "
-    "elsewhere all three are needed",
+    "detected on TPU VMs, SLURM, Open MPI (5 needs mpi4py) and Kubernetes (needs jax[k8s]); "
+    "elsewhere give all three",
   )
-  group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-  group.add_argument("--process_id", type=int, metavar="N", help="of this process, from 0")
-  group.add_argument("--processes", type=int, metavar="N", help="in all; 1: look for no others")
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+  group.add_argument("--process_id", type=int, metavar="N", help="index of this process, from 0")
+  group.add_argument("--processes", type=int, metavar="N", help="total; 1: do not look for others")
 
 
 @contextlib.contextmanager
 def joined(arguments: argparse.Namespace) -> Iterator[None]:
-  """Within this context the process is one of its run's; only the first one prints to stdout.
+  """Inside this context the processes of a run are connected; only the first one prints to stdout.
 
-  A process that fails leaves at once: the others could wait for it for ever, and it for them.
+  A process that fails exits at once: in JAX's shutdown, it and the others could wait for ever.
 
   Args:
     arguments: parsed flags of `add_flags`.
@@ -57,7 +57,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
   try:
     _connect(arguments.coordinator, arguments.process_id, arguments.processes)
   except (ValueError, RuntimeError) as error:
-    fail(f"the processes of this run did not meet: {str(error).splitlines()[0]}", 1)
+    fail(f"the processes of this run could not connect: {str(error).splitlines()[0]}", 1)
   if not jax.distributed.is_initialized():
     yield
     return
@@ -66,20 +66,20 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     yield
   except SystemExit as end:
     if not isinstance(end.__context__, Interrupted):  # which all processes have agreed on
-      _leave(end.code if isinstance(end.code, int) else 1)
+      _exit_at_once(end.code if isinstance(end.code, int) else 1)
     raise
   except Exception:
     traceback.print_exc()
-    _leave(1)
+    _exit_at_once(1)
 
 
 def _connect(coordinator: str | None, process_id: int | None, processes: int | None) -> None:
-  """Joins the other processes, before anything starts JAX's backend; there may be none."""
+  """Connects to the other processes, if any, before anything starts JAX's backend."""
   if processes == 1 and coordinator is None and process_id is None:
     return
-  is_told = (coordinator, process_id, processes) != (None, None, None)
+  is_explicit = (coordinator, process_id, processes) != (None, None, None)
   who = "--coordinator and its two flags help where no cluster is detected"
-  if is_told:
+  if is_explicit:
     if coordinator is None or process_id is None or processes is None:
       fail("--coordinator, --process_id and --processes go together: give all three", 2)
     if ":" not in coordinator or not 0 <= process_id < processes:
@@ -89,7 +89,7 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
         2,
       )
     who = f"--coordinator {coordinator}, --process_id {process_id} of {processes}"
-  # JAX would take SIGTERM for itself.
+  # Otherwise JAX handles SIGTERM itself.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     with _time_limit(who):
@@ -97,23 +97,24 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
         coordinator,
         processes,
         process_id,
-        cluster_detection_method="deactivate" if is_told else _detection(),
-        initialization_timeout=2 * _SECONDS_TO_MEET,
+        cluster_detection_method="deactivate" if is_explicit else _detection(),
+        initialization_timeout=2 * _SECONDS_TO_CONNECT,
       )
   except ValueError as error:
-    if is_told or "coordinator_address" not in str(error):  # JAX misses it where no cluster is
+    # JAX reports a missing coordinator_address if it detects no cluster.
+    if is_explicit or "coordinator_address" not in str(error):
       raise
     _require_alone()
 
 
 def _detection() -> str | None:
-  """How JAX is to find the cluster; None: as it does by itself, which knows Open MPI up to 4."""
+  """JAX's way to detect the cluster; None: the default, which knows Open MPI up to version 4."""
   is_open_mpi_5 = "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ
   return "mpi4py" if is_open_mpi_5 and importlib.util.find_spec("mpi4py") else None
 
 
 def _require_alone() -> None:
-  """Ends the process with one line if it was started as one of several that it can't find."""
+  """Exits with one line if a launcher started several processes that JAX can't find."""
   for name, launcher in _LAUNCHED_BY.items():
     if name in os.environ:
       fail(
@@ -126,17 +127,17 @@ def _require_alone() -> None:
 
 @contextlib.contextmanager
 def _time_limit(who: str) -> Iterator[None]:
-  """Ends the process with one line if the others do not come, where JAX would abort."""
+  """Exits with one line if the others do not connect in time; JAX would abort."""
 
   def give_up() -> None:
     print(
-      f"error: after {_SECONDS_TO_MEET} s not all processes of this run have met ({who}): "
-      "look which of them has not started, or does not reach the coordinator",
+      f"error: some processes of this run have not connected after {_SECONDS_TO_CONNECT} s "
+      f"({who}): check which one has not started or can't reach the coordinator",
       file=sys.stderr,
     )
-    _leave(LOST)
+    _exit_at_once(LOST)
 
-  timer = threading.Timer(_SECONDS_TO_MEET, give_up)
+  timer = threading.Timer(_SECONDS_TO_CONNECT, give_up)
   timer.start()
   try:
     yield
@@ -145,7 +146,7 @@ def _time_limit(who: str) -> Iterator[None]:
 
 
 def _keep_stdout_for_the_first() -> None:
-  """Leaves stdout to what the first process prints in Python: Gloo announces each connection."""
+  """Keeps only the first process' Python output on stdout: Gloo announces each connection there."""
   descriptor = os.dup(1)
   with open(os.devnull, "w") as nowhere:
     os.dup2(nowhere.fileno(), 1)
@@ -156,7 +157,7 @@ def _keep_stdout_for_the_first() -> None:
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-  """The first process goes through this block before the others: what it writes, they find."""
+  """The first process runs this block before the others, so that they find what it writes."""
   if jax.process_index():
     _wait_for_all("first")
   yield
@@ -165,22 +166,22 @@ def first_goes_first() -> Iterator[None]:
 
 
 def _wait_for_all(key: str) -> None:
-  """Waits for hours if need be: on CPUs, devices that wait for each other give up after 30 s."""
+  """Waits for hours if needed; a collective on CPUs would give up after 30 s."""
   if jax.process_count() > 1:
-    import orbax.checkpoint as ocp  # late: seconds
+    import orbax.checkpoint as ocp  # late: takes seconds
 
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_HOURS_TO_WAIT * 3_600_000)
 
 
 def share(items: Sequence) -> Sequence:
-  """This process' part of what is the same in all of them."""
+  """This process' part of a sequence that is the same in all processes."""
   if not jax.distributed.is_initialized():
     return items
   return items[jax.process_index() :: jax.process_count()]
 
 
 def gather(content: Any) -> list:
-  """What each process passes, in their order; waits for all of them.
+  """The `content` of every process, in the order of processes; waits for all of them.
 
   Args:
     content: of JSON's types.
@@ -215,7 +216,7 @@ def processes_here() -> int:
 
 
 def is_loss_of_another(error: jax.errors.JaxRuntimeError) -> bool:
-  """Whether a process has ended, or can't be reached, that this one has to do with."""
+  """Whether an error means that another process has ended or can't be reached."""
   signs = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Gloo", "NCCL", "Connection")
   return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
 
@@ -225,17 +226,17 @@ def time_of_first() -> int:
   return int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))
 
 
-def _leave(status: int) -> None:
+def _exit_at_once(status: int) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(status)  # without JAX's own end, in which each process waits for all
+  os._exit(status)  # skips JAX's shutdown, in which each process waits for all
 
 
 class Agreement:
-  """What the processes of a run decide together after each call of the step: the largest vote.
+  """The largest vote of a run's processes after each call of the step.
 
-  The answer is that of the call before, so that no device waits for a host: all processes get it at
-  the same call. A process alone gets its own vote at once.
+  The answer comes one call later, so that no device waits for a host; all processes get it at the
+  same call. A single process gets its own vote at once.
   """
 
   def __init__(self, mesh: Mesh):
@@ -244,7 +245,7 @@ class Agreement:
     self._before = 0
 
   def __call__(self, vote: int) -> int:
-    """Casts a vote (from 0, an int32) and returns what was decided; a call for all processes."""
+    """Casts a vote (int32, at least 0) and returns the decision. All processes must call this."""
     if jax.process_count() == 1:
       return vote
     votes = np.full(jax.local_device_count(), vote, np.int32)
@@ -253,5 +254,5 @@ class Agreement:
     return int(before)
 
   def forget(self) -> None:
-    """Drops what was cast and is not answered yet: whoever still wants it will vote again."""
+    """Drops votes that are not answered yet; a process that still wants its vote casts it again."""
     self._before = 0

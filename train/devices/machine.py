@@ -22,20 +22,20 @@ def cores() -> int:
 
 
 def memory_limit(root: Path = Path("/")) -> int:
-  """Bytes that this process may use: the host's, or those of its container or job (Linux cgroups).
+  """Bytes that this process may use: the least of the host's memory and its cgroups' limits.
 
   Args:
-    root: of the file system, for tests.
+    root: root of the file system; tests pass another.
   """
   limits = [psutil.virtual_memory().total]
   groups = root / "proc/self/cgroup"
   for line in groups.read_text().splitlines() if groups.exists() else []:
     _, controllers, path = line.split(":", 2)
-    if controllers not in ("", "memory"):  # of version 2, and of version 1
+    if controllers not in ("", "memory"):  # cgroups version 2, version 1
       continue
     name = "memory.limit_in_bytes" if controllers else "memory.max"
     group = root / "sys/fs/cgroup" / controllers / path.lstrip("/")
-    # Those above limit it, too. A container may see its own group as the topmost one.
+    # Parent groups limit memory as well. A container may see its own group as the root.
     for folder in (group, *group.parents):
       if (folder / name).exists() and (text := (folder / name).read_text().strip()) != "max":
         limits.append(int(text))
@@ -43,14 +43,14 @@ def memory_limit(root: Path = Path("/")) -> int:
 
 
 def peak_memory(devices: Mesh) -> int:
-  """Bytes: of the fullest device on an accelerator, of the whole process on a CPU."""
+  """Peak bytes: of the fullest device on an accelerator, of the whole process on a CPU."""
   if devices.devices.flat[0].platform != "cpu":
     return max(d.memory_stats()["peak_bytes_in_use"] for d in devices.local_devices)
   return process_memory()
 
 
 def process_memory() -> int:
-  """The most bytes of memory that this process has held so far."""
+  """Peak memory of this process so far, in bytes."""
   unit = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -59,7 +59,7 @@ def process_age() -> float:
   """Seconds since this process started."""
   created = psutil.Process().create_time()
   if hasattr(time, "CLOCK_BOOTTIME"):
-    # On Linux psutil adds the time from boot to start, which is exact, to a time of boot in whole
-    # seconds: taken off again, and both clocks begin at boot.
+    # On Linux psutil adds the exact time from boot to start to a boot time in whole seconds.
+    # Subtract the latter again, and compare with the clock that starts at boot.
     return time.clock_gettime(time.CLOCK_BOOTTIME) - (created - psutil.boot_time())
   return time.time() - created

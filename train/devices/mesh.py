@@ -1,4 +1,4 @@
-"""Devices -> mesh, and how arrays lie on it."""
+"""The mesh of devices, and how arrays are sharded over it."""
 
 import math
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from ml_collections import ConfigDict
 from train.errors import ConfigError
 
 DATA, FSDP = "data", "fsdp"  # the mesh's axes
-BATCH = (DATA, FSDP)  # those over which the batch is cut
+BATCH = (DATA, FSDP)  # the batch is sharded over both
 
-# Elements of an array under which each device holds all of it: a message of its own would cost more
-# time than the copies cost memory.
+# In elements. Smaller arrays stay replicated: a collective for each would cost more than the memory
+# saved.
 _SHARDED_FROM = 2**14
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of the axes "data" and "fsdp"; one device is a mesh of one.
+  """A mesh with the axes "data" and "fsdp"; a single device is a 1 x 1 mesh.
 
-  The batch is cut over both. Parameters and optimizer state have a copy on each row of "data", and
-  are cut over "fsdp" (Rajbhandari et al., ZeRO, 2020, stage 3; but a step gathers all parameters at
-  once, before its microbatches: what is saved is the memory of what lies between steps).
+  The batch is sharded over both axes. Parameters and optimizer state are replicated over "data" and
+  sharded over "fsdp" (Rajbhandari et al., ZeRO, 2020, stage 3). Unlike in ZeRO, a step gathers all
+  parameters at once, before its microbatches: this saves memory between steps only.
 
   Args:
-    data, fsdp: devices along each axis, as in `config.mesh`; -1 for what the other leaves.
-    devices: of the mesh; None: all there are.
+    data, fsdp: devices along each axis, as in `config.mesh`; -1: all that the other axis leaves.
+    devices: devices to use; None: all.
   Raises:
     ConfigError: the sizes do not fit the devices.
   """
@@ -48,14 +48,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of arrays of which each device holds a copy."""
+  """The sharding of arrays that each device holds in full."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def sharded_axis(shape: Sequence[int], mesh: Mesh) -> int | None:
-  """The axis of a parameter that is cut over "fsdp": the largest that divides; None: none is.
+  """The axis of a parameter to shard over "fsdp": the largest that "fsdp" divides.
 
-  What is small is not cut, and nothing is over an "fsdp" of 1.
+  None if "fsdp" is 1 or divides no axis, or if the array has fewer than 2**14 elements.
   """
   parts = mesh.shape[FSDP]
   fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
@@ -65,7 +65,7 @@ def sharded_axis(shape: Sequence[int], mesh: Mesh) -> int | None:
 
 
 def state_specs(tree: Any, mesh: Mesh) -> Any:
-  """How each array of a train state, or of a part of one, is cut over the mesh, by its shape."""
+  """PartitionSpecs for a train state, or a part of one, from the shapes of its arrays."""
 
   def spec(x) -> PartitionSpec:
     axis = sharded_axis(x.shape, mesh)
@@ -85,15 +85,15 @@ def by_example(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def abstract(tree: Any, sharding: NamedSharding) -> Any:
-  """Shapes and dtypes of a tree of arrays, without values, laid out by `sharding`."""
+  """Shapes and dtypes of a tree of arrays, without values, with this sharding."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def microbatch_size(config: ConfigDict, mesh: Mesh) -> int:
-  """Images that each device computes at a time, from `config.microbatch` or the device's kind.
+  """Images that each device computes at a time: `config.microbatch`, or the platform's default.
 
   Raises:
-    ConfigError: the batch does not divide by the devices, or a device's share by the microbatch.
+    ConfigError: the devices do not divide the batch, or the microbatch a device's part of it.
   """
   local_batch, rest = divmod(config.batch_size, mesh.size)
   if rest:

@@ -1,1 +1,1 @@
-"""What a run leaves: its workdir, checkpoints, numbers, curves and progress."""
+"""The output of a run: workdir, checkpoints, metrics, curves and progress."""

@@ -1,7 +1,7 @@
 """Checkpoints with orbax: the last state, to continue from, and the best weights, to use.
 
-They are in workdir/checkpoints/last (the whole TrainState, one) and workdir/checkpoints/best
-(Weights by epoch, the last two). One is deleted once its successor is complete.
+workdir/checkpoints/last holds one whole TrainState, workdir/checkpoints/best the last two Weights
+by epoch. A checkpoint is deleted once its successor is complete.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from train.errors import WorkdirError
 from train.run import metrics, workdir
 from train.state import TrainState, Weights, abstract_state, make_init, make_model
 
-# Beside each checkpoint; those of mlp_models 0.1 have neither.
+# Saved with each checkpoint; mlp_models 0.1 saved neither.
 _VERSION = {
   "state_version": TrainState.VERSION,
   "saved_by": f"mlp_models {mlp_models.__version__}",
@@ -33,14 +33,14 @@ class Checkpoints:
 
   Args:
     folder: the workdir.
-    read_only: nothing is made or deleted in it.
+    read_only: create and delete nothing in it.
   Raises:
-    WorkdirError: the last state is of another version than ours.
+    WorkdirError: the last state was saved by another version.
   """
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
     if workdir.is_local(folder):
-      folder = folder.absolute()  # orbax takes no other
+      folder = folder.absolute()  # orbax requires it
     folder = folder / "checkpoints"
     self._saved_at = time.monotonic()
 
@@ -53,8 +53,8 @@ class Checkpoints:
       )
       return ocp.CheckpointManager(folder / name, options=options)
 
-    # Two of the best: a run that is killed between the saves of an epoch's best weights and of its
-    # state goes on from a state that still speaks of the best before.
+    # Keep two of the best: a run killed after saving new best weights, but before saving the state,
+    # resumes from a state that still names the best epoch before.
     self._last, self._best = manager("last", keep=1), manager("best", keep=2)
     if not read_only:
       _require_version(self._last)
@@ -69,17 +69,17 @@ class Checkpoints:
 
   @property
   def seconds_since_last(self) -> float:
-    """Since the last `save_last`, or since the run began."""
+    """Seconds since the last `save_last`, or since the run began."""
     return time.monotonic() - self._saved_at
 
   @property
   def last_step(self) -> int | None:
-    """The number of the checkpoint that `restore_last` would read, as this process sees it."""
+    """orbax's step of the checkpoint that `restore_last` would read; None if there is none."""
     return self._last.latest_step()
 
   def save_last(self, state: TrainState) -> None:
     """Saves the state to continue from."""
-    # After an epoch's last step and again after its evaluation the step is the same, the state not.
+    # Add the epoch: after an epoch's evaluation the state has changed, but not the step.
     self._save(self._last, state, int(state.step) + int(state.epoch))
     self._saved_at = time.monotonic()
 
@@ -88,24 +88,26 @@ class Checkpoints:
     self._save(self._best, state.weights(), int(state.epoch))
 
   def restore_last(self, template: TrainState) -> TrainState | None:
-    """The saved state, on whatever devices it was; None if there is none.
+    """The saved state, whatever devices saved it; None if there is none.
 
     Args:
-      template: today's shapes, dtypes and shardings, as `state.abstract_state` gives them.
+      template: shapes, dtypes and shardings to restore to, from `state.abstract_state`.
+    Raises:
+      WorkdirError: the checkpoint can't be read.
     """
     return _restore(self._last, template)
 
   def restore_best(self, template: Weights, epoch: int | None = None) -> Weights | None:
-    """The weights that were best after `epoch`, or so far; None if no epoch has ended yet."""
+    """The weights saved as the best at `epoch`, or the latest best; None if there are none."""
     return _restore(self._best, template, epoch)
 
   def _save(self, manager: ocp.CheckpointManager, tree, step: int) -> None:
-    # One at a time. A last state that speaks of a best epoch must never be without its weights; and
-    # where processes wait for each other, the barriers of both managers bear the same names.
+    # One save at a time: a last state must not name a best epoch whose weights are not complete,
+    # and among several processes the barriers of both managers have the same names.
     self._last.wait_until_finished()
     self._best.wait_until_finished()
-    # A run that was killed after this save comes here again, with the same values up to rounding;
-    # orbax refuses to overwrite.
+    # A run killed after this save repeats it with the same values up to rounding; orbax refuses to
+    # overwrite.
     if step not in manager.all_steps():
       manager.save(step, args=ocp.args.StandardSave(tree), custom_metadata=_VERSION)
 
@@ -117,13 +119,13 @@ def _require_version(manager: ocp.CheckpointManager) -> None:
   if found["state_version"] != TrainState.VERSION:
     raise WorkdirError(
       f"the checkpoint {manager.directory / str(step)} was saved by {found['saved_by']} and is "
-      f"read by that version only, not by {_VERSION['saved_by']}: go on with it, or choose another "
-      "--workdir"
+      f"read by that version only, not by {_VERSION['saved_by']}: use that version, or choose "
+      "another --workdir"
     )
 
 
 class TrainedModel(NamedTuple):
-  """What a run leaves to those who use its model."""
+  """A run's model with its best weights, its config and its dataset's description."""
 
   config: ConfigDict
   info: DatasetInfo
@@ -135,7 +137,7 @@ def load_trained_model(folder: epath.Path, mesh: Mesh) -> TrainedModel:
   """The model of the run in `folder` with its best weights, on every device of the mesh.
 
   Raises:
-    WorkdirError: no run is there, or none that has ended an epoch.
+    WorkdirError: the folder holds no run, or no epoch of it has ended.
   """
   config, info = workdir.read_config(folder), workdir.read_dataset(folder)
   weights = None
@@ -154,7 +156,7 @@ def _restore(manager: ocp.CheckpointManager, template, step=None):
   if step is None:
     return None
   try:
-    # Told today's shardings: the devices may not be those that saved.
+    # With shardings, because the devices may not be those that saved.
     return manager.restore(step, args=ocp.args.StandardRestore(template))
   except (OSError, ValueError, KeyError) as error:
     raise WorkdirError(

@@ -19,7 +19,7 @@ def draw_curves(rows: list[dict[str, Any]], path: str | os.PathLike, title: str 
   """Draws loss, accuracies and learning rate over the epochs to a PNG.
 
   Args:
-    rows: epochs, as `metrics.read` returns them.
+    rows: epochs, from `metrics.read`.
     path: of the PNG, replaced as a whole.
     title: above the panels.
   """

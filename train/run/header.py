@@ -1,4 +1,4 @@
-"""What a run says of itself before it begins."""
+"""The lines that a run prints before it begins."""
 
 import jax
 from jax.sharding import Mesh
@@ -26,12 +26,12 @@ def format_header(
   """
   device = mesh.devices.flat[0]
   needed = "unknown"
-  if memory := compiled.memory_analysis():  # None where the compiler does not tell
+  if memory := compiled.memory_analysis():  # None if the compiler does not report it
     size = (
       memory.argument_size_in_bytes
       + memory.output_size_in_bytes
       + memory.temp_size_in_bytes
-      - memory.alias_size_in_bytes  # the new state lies where the old one was
+      - memory.alias_size_in_bytes  # the new state reuses the old one's memory
     )
     needed = f"{size / 2**20:,.0f} MiB"
   local_batch = config.batch_size // mesh.size

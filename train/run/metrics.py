@@ -1,8 +1,8 @@
-"""The numbers that a run writes while it goes.
+"""The metrics that a run writes while it trains.
 
-In the workdir: `metrics.jsonl` (a line an epoch), `summary.json` (once, at the end), `curves.png`
-and TensorBoard events in `tensorboard/`. On the terminal: two lines an epoch.
-Of several processes only the first writes; the others make the same calls, to no effect.
+In the workdir: `metrics.jsonl` (a line per epoch), `summary.json` (once, at the end), `curves.png`
+and TensorBoard events in `tensorboard/`. On the terminal: two lines per epoch.
+Only the first of several processes writes; the same calls do nothing in the others.
 Epochs count from 1.
 """
 
@@ -45,22 +45,21 @@ SUMMARY_KEYS = (
   "stopped_early",
   "seconds",
 )
-_SECONDS_BETWEEN_CURVES = 30.0  # drawing takes about half a second: too much for short epochs
+_SECONDS_BETWEEN_CURVES = 30.0  # drawing is too slow for every short epoch
 
 
 class Writer:
   """Writes a run's numbers to its workdir. Use it as a context manager.
 
-  What an earlier, interrupted run wrote of epochs that its checkpoint does not hold is removed,
-  as these epochs are run again.
+  Rows that an interrupted run wrote after its last checkpoint are removed: these epochs run again.
   """
 
   def __init__(self, workdir: str | os.PathLike, resume_epoch: int = 0, title: str = ""):
     """
     Args:
-      workdir: where to write; made if missing.
-      resume_epoch: how many epochs the restored checkpoint has completed; 0 for a new run.
-      title: of the curves, such as "mixer on cifar100".
+      workdir: where to write; created if missing.
+      resume_epoch: epochs that the restored checkpoint has completed; 0 for a new run.
+      title: title of the curves, such as "mixer on cifar100".
     """
     self._workdir = epath.Path(workdir)
     self._title = title
@@ -72,11 +71,11 @@ class Writer:
     self._rows = [row for row in read(self._workdir) if row["epoch"] <= resume_epoch]
     self._write_rows()
     last_step = self._rows[-1]["step"] if self._rows else -1
-    # TensorBoard's writer appends, which buckets do not know: its files are copied there whole.
+    # TensorBoard's writer appends, which buckets do not support: its files are copied there whole.
     self._scratch = tempfile.TemporaryDirectory()
     self._tensorboard = SummaryWriter(
       self._scratch.name,
-      purge_step=last_step + 1,  # TensorBoard hides what an interrupted run wrote from there on
+      purge_step=last_step + 1,  # TensorBoard hides an interrupted run's events from there on
       filename_suffix=f".from_epoch_{resume_epoch}",
     )
     self._drawn_at = -math.inf
@@ -96,9 +95,9 @@ class Writer:
     """Appends one epoch.
 
     Args:
-      row: EPOCH_KEYS -> number; accuracies are fractions, `step` counts steps done since the
-        beginning of the run, `seconds` and `images_per_second` are of this process' part of the
-        epoch. A number that is not finite is written as null.
+      row: EPOCH_KEYS -> number; accuracies are fractions, `step` counts steps since the beginning
+        of the run. `seconds` and `images_per_second` leave out the part of the epoch before a
+        resume. A number that is not finite is written as null.
     Raises:
       ValueError: a key is missing or unknown.
     """
@@ -154,23 +153,23 @@ class Writer:
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """The epochs in a workdir's metrics.jsonl, in order; [] without the file.
 
-  A last line that was cut off by a kill is left out.
+  A last line that a kill has cut off is left out.
   """
   path = epath.Path(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
-  # Only a line that ends is whole.
+  # Only a line that ends in a newline is complete.
   return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def read_summary(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """What a finished run's summary.json holds; None if the run is not finished."""
+  """The content of a finished run's summary.json; None if the run is not finished."""
   path = epath.Path(workdir) / "summary.json"
   return json.loads(path.read_text()) if path.exists() else None
 
 
 def format_epoch(row: Mapping[str, Any], epochs: int) -> str:
-  """Two lines of at most 80 columns for the terminal; `row` as `Writer.epoch` takes it."""
+  """Two lines of at most 80 columns for the terminal; `row` as in `Writer.epoch`."""
   head = f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}"
 
   def numbers(split: str) -> str:
@@ -185,7 +184,7 @@ def format_epoch(row: Mapping[str, Any], epochs: int) -> str:
 
 
 def format_summary(summary: Mapping[str, Any], workdir: str | os.PathLike) -> str:
-  """Three lines for the terminal: the test metrics, and where the rest is."""
+  """Three lines for the terminal: the test metrics, and the paths of the rest."""
   top1, top5 = 100 * summary["test_accuracy"], 100 * summary["test_top5"]
   return (
     f"test     loss {summary['test_loss']:.3f}  top-1 {top1:.2f} %  top-5 {top5:.2f} %"

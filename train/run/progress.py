@@ -1,4 +1,4 @@
-"""How far a run is, on the terminal. Of several processes only the first prints."""
+"""The progress of a run on the terminal. Only the first of several processes prints."""
 
 import shutil
 import sys
@@ -7,11 +7,11 @@ import time
 import jax
 from tqdm import tqdm
 
-_SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+_SECONDS_BETWEEN_LINES = 30.0  # if stderr is not a terminal
 
 
 class Progress:
-  """Images per second and time left: a bar on a terminal, now and then a line elsewhere.
+  """Images per second and time left: a bar on a terminal, a line now and then elsewhere.
 
   Use it as a context manager. `description` may be changed at any time.
   """
@@ -19,10 +19,10 @@ class Progress:
   def __init__(self, total_steps: int, initial: int, batch_size: int, description: str = ""):
     """
     Args:
-      total_steps: of the whole run, or of whatever the bar stands for.
+      total_steps: steps of the whole run.
       initial: steps already done by an earlier run.
-      batch_size: images a step, of all devices together.
-      description: what is going on, such as "epoch 3/50".
+      batch_size: images per step, over all devices.
+      description: text before the bar, such as "epoch 3/50".
     """
     self.description = description
     self._total, self._done, self._batch_size = total_steps, initial, batch_size
@@ -33,7 +33,7 @@ class Progress:
       total=total_steps * batch_size,
       initial=initial * batch_size,
       ncols=min(80, shutil.get_terminal_size().columns) - 1,
-      nrows=20,  # or tqdm hides the bar on terminals that do not tell their height
+      nrows=20,  # otherwise tqdm hides the bar on terminals of unknown height
       bar_format="{desc} {percentage:3.0f} % |{bar}| {rate_noinv_fmt}, {remaining} left",
       unit=" images",
       mininterval=0.5,
@@ -48,7 +48,7 @@ class Progress:
     self._bar.close()
 
   def update(self, steps: int = 1) -> None:
-    """Counts steps that are done."""
+    """Counts finished steps."""
     self._done += steps
     if not self._bar.disable:
       self._bar.set_description_str(self.description, refresh=False)
@@ -57,7 +57,7 @@ class Progress:
       self._print_line()
 
   def skip_pause(self) -> None:
-    """Leaves what has passed since the last `update` out of the rate on plain lines."""
+    """Leaves the time since the last `update` out of the rate on plain lines."""
     self._last_line = (time.monotonic(), self._done)
 
   def write(self, text: str) -> None:

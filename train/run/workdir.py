@@ -1,6 +1,6 @@
-"""What a workdir says of its run: config.json, and dataset.json, which prediction reads.
+"""A workdir's description of its run: config.json, and dataset.json, which prediction reads.
 
-A workdir is a folder, or anything else that etils.epath knows: gs://BUCKET/..., s3://...
+A workdir is a folder, or any other path that etils.epath supports: gs://BUCKET/..., s3://...
 """
 
 import argparse
@@ -17,7 +17,7 @@ from configs import default
 from train.data.splits import DatasetInfo
 from train.errors import WorkdirError, first_line
 
-# What changes nothing but where and how fast a run is computed: it may go on on another machine.
+# Knobs that change only where and how fast a run computes: another machine may resume it.
 _FREE_TO_DIFFER = (
   "checkpoint_seconds",
   "compilation_cache",
@@ -36,10 +36,10 @@ _FREE_TO_DIFFER = (
 
 
 def from_flag(text: str) -> epath.Path:
-  """A workdir as a command line names it.
+  """Parses a workdir from the command line.
 
   Raises:
-    ArgumentTypeError: it is in a bucket that nothing installed here can open.
+    ArgumentTypeError: no installed package can open its bucket.
   """
   scheme, separator, _ = text.partition("://")
   try:
@@ -55,15 +55,15 @@ def from_flag(text: str) -> epath.Path:
 
 
 def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo) -> None:
-  """Makes `workdir` this run's: writes both files, or finds the same content there.
+  """Claims `workdir` for this run: writes both files, or checks that they hold the same content.
 
-  A run that has saved no checkpoint yet has nothing to lose, and is replaced.
+  An earlier run without a checkpoint is replaced.
 
   Raises:
     WorkdirError: the folder belongs to a run with another config or dataset (the differences are
       listed), or holds files but no config.json, or can't be written.
   """
-  run = {  # through JSON, where a tuple is a list
+  run = {  # through JSON, which turns tuples into lists
     "config.json": json.loads(config.to_json()),
     "dataset.json": json.loads(json.dumps(dataclasses.asdict(info))),
   }
@@ -80,10 +80,10 @@ def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo) -> None:
           + "\n".join(f"  {line}" for line in differences)
         )
       return
-    if jax.process_index():  # the first one writes
+    if jax.process_index():  # only the first process writes
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    # A bucket knows no empty folders: after mkdir there may still be none.
+    # Buckets have no empty folders: even after mkdir the folder may not exist.
     is_used = workdir.exists() and any(workdir.iterdir())
     if is_used and not (workdir / "config.json").exists():
       raise WorkdirError(f"{workdir} holds files but no config.json: choose an empty --workdir")
@@ -97,7 +97,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
   """The config of the run in `workdir`; knobs that are newer than the run have their defaults.
 
   Raises:
-    WorkdirError: no run is there.
+    WorkdirError: the folder holds no run.
   """
   config = ConfigDict(default.get_config(), type_safe=False)
   config.update(_read(workdir / "config.json"))
@@ -108,7 +108,7 @@ def read_dataset(workdir: epath.Path) -> DatasetInfo:
   """The description of the dataset that the run in `workdir` was trained on.
 
   Raises:
-    WorkdirError: no run is there.
+    WorkdirError: the folder holds no run.
   """
   fields = _read(workdir / "dataset.json")
   for name in ("class_names", "image_shape"):
@@ -142,7 +142,7 @@ def _read(path: epath.Path):
 
 
 def is_local(path: epath.Path) -> bool:
-  """Whether a path is of this machine's file system, and not of a bucket."""
+  """Whether a path is in the local file system, not in a bucket."""
   return "://" not in str(path)
 
 
@@ -150,7 +150,7 @@ def write_atomically(path: epath.Path, content: str | bytes) -> None:
   """Writes a file as a whole or, if the process is killed, not at all."""
   if isinstance(content, str):
     content = content.encode()
-  # A bucket takes objects as a whole; there, moving one is a copy.
+  # Buckets write objects atomically, and moving one would copy it.
   partial = path.with_name(path.name + ".partial") if is_local(path) else path
   partial.write_bytes(content)
   if partial != path:
