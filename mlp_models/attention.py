@@ -62,6 +62,7 @@ def _over_heads(
   query_BxNxTxK = query_BxNxTxK * query_BxNxTxK.shape[-1] ** -0.5
   # Masks count tokens before heads, as the form for wide heads does: no platform has its own.
   axes = (2, 1, 3)
+  # drop(softmax(query @ key^T)) @ value
   x_BxNxTxK = kernels.attend(query_BxNxTxK, key_BxNxTxK, value_BxNxTxK, seeds_B, rate, axes)
   kernel_NxKxD, bias_D = weights.out
   x_BxTxNK = x_BxNxTxK.swapaxes(1, 2).reshape(*x_BxTxD.shape[:2], -1)

@@ -46,6 +46,7 @@ def start(model: nn.Module, batch_size: int, positions_B: Array | None, train: b
   for word in jax.random.key_data(model.make_rng("dropout")):
     seeds_B = hash32(seeds_B ^ word)
   model.scope.rngs |= stream(seeds_B)
+  model.scope.rng_counters.setdefault(_STREAM, 0)
 
 
 def stream(seeds_B: Array) -> dict[str, LazyRng]:

@@ -40,7 +40,7 @@ class FFN(nn.Module):
   def __call__(self, x_BxTxD: Array) -> Array:
     width = x_BxTxD.shape[-1]
     h_BxTxD = layers.gelu(layers.Dense(width, dtype=self.dtype, name="in")(x_BxTxD))
-    h_BxTxD = layers.Dropout(self.dropout_rate)(h_BxTxD)
+    h_BxTxD = dropout.Dropout(self.dropout_rate)(h_BxTxD)
     return layers.Dense(width, dtype=self.dtype, name="out")(h_BxTxD)
 
 
@@ -65,7 +65,7 @@ class FNet(nn.Module):
       images_BxHxWxC, self.image_size, self.patch_size, self.width, self.dtype
     )
     x_BxTxD = layers.PositionEmbedding(nn.initializers.glorot_uniform(), name="position")(x_BxTxD)
-    block = nn.remat(FNetBlock) if self.remat else FNetBlock
+    block = layers.remat(FNetBlock, self.remat)
     for i in range(self.num_blocks):
       x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD)
     return layers.mean_head(x_BxTxD, self.num_classes, self.dropout_rate)

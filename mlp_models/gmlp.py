@@ -24,7 +24,7 @@ class GMLPBlock(nn.Module):
     _, num_tokens, width = x_BxTxD.shape
     h_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm1")(x_BxTxD)
     h_BxTx2D = layers.gelu(layers.Dense(2 * width, dtype=self.dtype, name="proj_in")(h_BxTxD))
-    h_BxTx2D = layers.Dropout(self.dropout_rate)(h_BxTx2D)
+    h_BxTx2D = dropout.Dropout(self.dropout_rate)(h_BxTx2D)
 
     u_BxTxD, v_BxTxD = jnp.split(h_BxTx2D, 2, axis=-1)
     v_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm2")(v_BxTxD)
@@ -56,7 +56,7 @@ class GMLP(nn.Module):
     x_BxTxD = layers.embed_patches(
       images_BxHxWxC, self.image_size, self.patch_size, self.width, self.dtype
     )
-    block = nn.remat(GMLPBlock) if self.remat else GMLPBlock
+    block = layers.remat(GMLPBlock, self.remat)
     for i in range(self.num_blocks):
       x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD)
     return layers.mean_head(x_BxTxD, self.num_classes, self.dropout_rate)

@@ -29,8 +29,13 @@ Shapes = dict[str, tuple[int, ...]]  # by canonical name
 
 # Sizes of the models to compare with. With 49 tokens of 75 values, all axes that differ in meaning
 # differ in length, too.
-_PATCHES: dict[str, Any] = {"image_size": 35, "patch_size": 5}
-_WIDTH, _CLASSES, _LATENTS, _HEADS, _HEAD_DIM = 101, 103, 11, 3, 13
+_IMAGE_SIZE, _WIDTH, _LATENTS, _HEADS, _HEAD_DIM = 35, 101, 11, 3, 13
+_SIZES: dict[str, Any] = {
+  "image_size": _IMAGE_SIZE,
+  "patch_size": 5,
+  "width": _WIDTH,
+  "num_classes": 103,
+}
 
 
 def _hidden(first: int, depth: int) -> tuple[int, ...]:
@@ -40,28 +45,18 @@ def _hidden(first: int, depth: int) -> tuple[int, ...]:
 
 # Each makes a model from a function that counts the layers whose names begin with a stem.
 _MODELS: dict[str, Callable[[Callable[[str], int]], nn.Module]] = {
-  "mixer": lambda count: Mixer(
-    **_PATCHES, width=_WIDTH, num_classes=_CLASSES, num_blocks=count("block")
-  ),
-  "fnet": lambda count: FNet(
-    **_PATCHES, width=_WIDTH, num_classes=_CLASSES, num_blocks=count("block")
-  ),
-  "gmlp": lambda count: GMLP(
-    **_PATCHES, width=_WIDTH, num_classes=_CLASSES, num_blocks=count("block")
-  ),
+  "mixer": lambda count: Mixer(**_SIZES, num_blocks=count("block")),
+  "fnet": lambda count: FNet(**_SIZES, num_blocks=count("block")),
+  "gmlp": lambda count: GMLP(**_SIZES, num_blocks=count("block")),
   "perceiver": lambda count: Perceiver(
-    **_PATCHES,
-    width=_WIDTH,
-    num_classes=_CLASSES,
+    **_SIZES,
     num_blocks=count("latent/block"),
     num_latents=_LATENTS,
     num_heads=_HEADS,
     ffn_units=(*_hidden(301, count("cross/ffn/dense")), _WIDTH),
   ),
   "vit": lambda count: ViT(
-    **_PATCHES,
-    width=_WIDTH,
-    num_classes=_CLASSES,
+    **_SIZES,
     num_blocks=count("block"),
     num_heads=_HEADS,
     head_dim=_HEAD_DIM,
@@ -126,7 +121,7 @@ def _check(name: str, shapes: Shapes) -> None:
 
 @functools.cache
 def _template(model: nn.Module) -> Shapes:
-  images = jax.ShapeDtypeStruct((1, 35, 35, 3), jnp.float32)
+  images = jax.ShapeDtypeStruct((1, _IMAGE_SIZE, _IMAGE_SIZE, 3), jnp.float32)
   params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
   shapes = {key: leaf.shape for key, leaf in flatten_dict(params, sep="/").items()}
   # Kernels first: of two sizes with as many votes the first is taken, and biases have fewer axes.

@@ -34,10 +34,14 @@ def _by_platform(*operands: Any, cpu: Callable[..., Array], default: Callable[..
 def dense(x: Array, kernel: Array, dimension_numbers: object = None, **options: Any) -> Array:
   """tensordot(x, kernel, 1): [..., D] times [D, ...], with the arguments of `lax.dot_general`.
 
-  Other `dimension_numbers` than nn.Dense's are not supported. Flattened to a 2-D product so that
-  the gradients are 2-D products as well: with batch and tokens apart, XLA on a CPU takes a slower
-  way to the kernel's gradient.
+  Flattened to a 2-D product so that the gradients are 2-D products as well: with batch and tokens
+  apart, XLA on a CPU takes a slower way to the kernel's gradient.
+
+  Raises:
+    ValueError: `dimension_numbers` other than those of nn.Dense.
   """
+  if dimension_numbers not in (None, (((x.ndim - 1,), (0,)), ((), ()))):
+    raise ValueError(f"only the dimension numbers of nn.Dense are known, not {dimension_numbers}")
   rows, kernel_DxF = x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1)
   if isinstance(rows.shape[0], int) and rows.shape[0] < kernel_DxF.shape[1]:
     rows = _gradient_in_columns(rows)

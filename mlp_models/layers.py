@@ -13,11 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mlp_models import kernels
-from mlp_models.dropout import Dropout as Dropout
+from mlp_models import dropout, kernels
 
 POOLS = ("flatten", "mean")
-
 
 # Initial values and constants are those of Keras, where the reference numbers come from.
 Dense = functools.partial(
@@ -115,6 +113,8 @@ def patches(images_BxHxWxC: Array, image_size: int, patch_size: int) -> Array:
 
 def pool(x_BxTxD: Array, how: str) -> Array:
   """Tokens to one vector an image: "flatten" to [B, T*D], or their float32 "mean" [B, D]."""
+  if how not in POOLS:
+    raise ValueError(f"unknown pool {how!r}, known are {', '.join(POOLS)}")
   if how == "flatten":
     return x_BxTxD.reshape(x_BxTxD.shape[0], -1)
   return x_BxTxD.mean(axis=1, dtype=jnp.float32)
@@ -122,5 +122,10 @@ def pool(x_BxTxD: Array, how: str) -> Array:
 
 def mean_head(x_BxTxD: Array, num_classes: int, dropout_rate: float) -> Array:
   """Mean over the tokens, dropout and a dense layer "head": float32 logits [B, num_classes]."""
-  x_BxD = Dropout(dropout_rate)(pool(x_BxTxD, "mean"))
+  x_BxD = dropout.Dropout(dropout_rate)(pool(x_BxTxD, "mean"))
   return Dense(num_classes, dtype=jnp.float32, name="head")(x_BxD)
+
+
+def remat(block: type[nn.Module], on: bool) -> type[nn.Module]:
+  """The block; `on`: keep only its inputs for the gradients (arXiv:1604.06174)."""
+  return nn.remat(block) if on else block

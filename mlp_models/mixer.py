@@ -28,7 +28,7 @@ class MLP(nn.Module):
     hidden, out = self.units
     h = layers.gelu(self.dense(hidden, dtype=self.dtype, name="in")(x_BxTxD))
     y_BxTxD = self.dense(out, dtype=self.dtype, name="out")(h)
-    return layers.Dropout(self.dropout_rate)(y_BxTxD)
+    return dropout.Dropout(self.dropout_rate)(y_BxTxD)
 
 
 class MixerBlock(nn.Module):
@@ -69,7 +69,7 @@ class Mixer(nn.Module):
     x_BxTxD = layers.embed_patches(
       images_BxHxWxC, self.image_size, self.patch_size, self.width, self.dtype
     )
-    block = nn.remat(MixerBlock) if self.remat else MixerBlock
+    block = layers.remat(MixerBlock, self.remat)
     for i in range(self.num_blocks):
       x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD)
     return layers.mean_head(x_BxTxD, self.num_classes, self.dropout_rate)

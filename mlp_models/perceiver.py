@@ -30,7 +30,7 @@ class FFN(nn.Module):
       if i > 0:
         x = layers.gelu(x)
       x = layers.Dense(units, dtype=self.dtype, name=f"dense{i}")(x)
-    return layers.Dropout(self.dropout_rate)(x)
+    return dropout.Dropout(self.dropout_rate)(x)
 
 
 class Scale(nn.Module):
@@ -117,7 +117,7 @@ class LatentTransformer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxLxD: Array) -> Array:
-    block = nn.remat(LatentBlock) if self.remat else LatentBlock
+    block = layers.remat(LatentBlock, self.remat)
     rates = (self.dropout_rate, self.attention_dropout_rate)
     for i in range(self.num_blocks):
       x_BxLxD = block(self.num_heads, self.ffn_units, *rates, self.dtype, name=f"block{i}")(x_BxLxD)
@@ -155,7 +155,7 @@ class Perceiver(nn.Module):
     )
     data_BxTxD = layers.PositionEmbedding(layers.uniform_symmetric, name="position")(data_BxTxD)
 
-    cross_attention = nn.remat(CrossAttention) if self.remat else CrossAttention
+    cross_attention = layers.remat(CrossAttention, self.remat)
     cross = cross_attention(
       ffn_units=self.ffn_units,
       dropout_rate=self.dropout_rate,

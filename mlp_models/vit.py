@@ -27,7 +27,7 @@ class MLP(nn.Module):
   def __call__(self, x: Array) -> Array:
     for i, units in enumerate(self.units):
       x = layers.gelu(layers.Dense(units, dtype=self.dtype, name=f"dense{i}")(x))
-      x = layers.Dropout(self.dropout_rate)(x)
+      x = dropout.Dropout(self.dropout_rate)(x)
     return x
 
 
@@ -85,7 +85,7 @@ class ViT(nn.Module):
       images_BxHxWxC, self.image_size, self.patch_size, self.width, self.dtype
     )
     x_BxTxD = layers.PositionEmbedding(layers.uniform_symmetric, name="position")(x_BxTxD)
-    block = nn.remat(ViTBlock) if self.remat else ViTBlock
+    block = layers.remat(ViTBlock, self.remat)
     sizes = (self.num_heads, self.head_dim, self.mlp_units)
     rates = (self.dropout_rate, self.attention_dropout_rate)
     for i in range(self.num_blocks):
@@ -93,6 +93,6 @@ class ViT(nn.Module):
     x_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm")(x_BxTxD)
 
     x_BxF = layers.pool(x_BxTxD, self.pool).astype(self.dtype)
-    x_BxF = layers.Dropout(self.head_dropout_rate)(x_BxF)
+    x_BxF = dropout.Dropout(self.head_dropout_rate)(x_BxF)
     x_BxF = MLP(self.head_units, self.head_dropout_rate, self.dtype, name="head_mlp")(x_BxF)
     return layers.Dense(self.num_classes, dtype=jnp.float32, name="head")(x_BxF)
