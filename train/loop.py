@@ -55,13 +55,13 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict[str, Any]
     TrainingFailed: the loss is NaN or infinite.
   """
   mesh = make_mesh(**config.mesh)
-  microbatch_size(config, mesh)  # raises, before anything costly starts
+  microbatch = microbatch_size(config, mesh)  # raises, before anything costly starts
   info = claim(config, folder)
   if summary := metrics.read_summary(folder):
     print(f"{folder} holds a finished run; another --workdir starts a new one.")
     return summary
   with contextlib.ExitStack() as stack:
-    run, state = open_run(config, info, folder, mesh, stack)
+    run, state = open_run(config, info, folder, mesh, microbatch, stack)
     state = train(run, state)
     return test(run, state)
 
@@ -122,21 +122,24 @@ def open_run(
   info: data.DatasetInfo,
   folder: epath.Path,
   mesh: Mesh,
+  microbatch: int,
   stack: contextlib.ExitStack,
 ) -> tuple[Run, TrainState]:
   """Reads the images while the step compiles, and makes the first state or restores the last one.
 
   Args:
+    microbatch: images that a device computes at a time.
     stack: closes what the run opens.
   Raises:
     DataError, WorkdirError, Disagreement, Interrupted: see `train_and_evaluate`.
   """
   print(f"Reading {info.name} and compiling {config.model.name} takes a moment.", flush=True)
-  microbatch = microbatch_size(config, mesh)
   init = make_init(config, info, mesh)
   template = abstract_state(init, info)
   stop = stack.enter_context(StopRequest())
   checkpoints = stack.enter_context(Checkpoints(folder))
+  hosts.require_same("the checkpoint that they see", checkpoints.last_version())
+  checkpoints.require_version()
 
   step = make_train_step(config, info.num_classes, microbatch, mesh)
   compiling = compile_in_background(step, init, config, info, mesh)
@@ -145,7 +148,6 @@ def open_run(
   if stop.signum and jax.process_count() == 1:  # several processes agree after the first call
     raise Interrupted(stop.signum)
 
-  hosts.require_same("the checkpoint that they see", checkpoints.last_step)
   state = checkpoints.restore_last(template)
   if state is None:
     state = init(*channel_statistics(dataset["train"]))
@@ -156,17 +158,17 @@ def open_run(
   steps = config.epochs * num_batches(info.sizes["train"], config.batch_size)
   title = f"{config.model.name} on {info.name}"
   run = Run(
-    config,
-    folder,
-    mesh,
-    dataset,
-    step,
-    make_eval_step(make_model(config, info.num_classes), microbatch, mesh),
-    template,
-    checkpoints,
-    Watch(stop, checkpoints, config, mesh),
-    stack.enter_context(metrics.Writer(folder, int(state.epoch), title)),
-    stack.enter_context(Progress(steps, int(state.step), config.batch_size)),
+    config=config,
+    folder=folder,
+    mesh=mesh,
+    dataset=dataset,
+    step=step,
+    eval_step=make_eval_step(make_model(config, info.num_classes), microbatch, mesh),
+    template=template,
+    checkpoints=checkpoints,
+    watch=Watch(stop, checkpoints, config, mesh),
+    writer=stack.enter_context(metrics.Writer(folder, int(state.epoch), title)),
+    progress=stack.enter_context(Progress(steps, int(state.step), config.batch_size)),
   )
   return run, state
 

@@ -110,6 +110,7 @@ class Dataset:
 
   def __getitem__(self, split: str) -> AnySplit:
     """A split by name. Raises KeyError if it was not opened."""
-    if (found := vars(self)[split]) is None:
+    splits = {"train": self.train, "validation": self.validation, "test": self.test}
+    if (found := splits[split]) is None:
       raise KeyError(f"the split {split!r} of {self.name} was not opened")
     return found

@@ -34,8 +34,6 @@ class Checkpoints:
   Args:
     folder: the workdir.
     read_only: create and delete nothing in it.
-  Raises:
-    WorkdirError: the last state was saved by another version.
   """
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
@@ -56,8 +54,6 @@ class Checkpoints:
     # Keep two of the best: a run killed after saving new best weights, but before saving the state,
     # resumes from a state that still names the best epoch before.
     self._last, self._best = manager("last", keep=1), manager("best", keep=2)
-    if not read_only:
-      _require_version(self._last)
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -71,11 +67,6 @@ class Checkpoints:
   def seconds_since_last(self) -> float:
     """Seconds since the last `save_last`, or since the run began."""
     return time.monotonic() - self._saved_at
-
-  @property
-  def last_step(self) -> int | None:
-    """orbax's step of the checkpoint that `restore_last` would read; None if there is none."""
-    return self._last.latest_step()
 
   def save_last(self, state: TrainState) -> None:
     """Saves the state to continue from."""
@@ -97,9 +88,35 @@ class Checkpoints:
     """
     return _restore(self._last, template)
 
+  def last_version(self) -> dict | None:
+    """The last state's checkpoint, its state's version and who saved it; None if there is none.
+
+    Raises:
+      WorkdirError: the checkpoint can't be read.
+    """
+    step = self._last.latest_step()
+    return None if step is None else {"checkpoint": step} | _version(self._last, step)
+
+  def require_version(self) -> None:
+    """Raises WorkdirError if the last state was saved by another version."""
+    if (step := self._last.latest_step()) is not None:
+      found = _version(self._last, step)
+      if found["state_version"] != TrainState.VERSION:
+        raise _other_version(self._last, step, found)
+
   def restore_best(self, template: Weights, epoch: int | None = None) -> Weights | None:
-    """The weights saved as the best at `epoch`, or the latest best; None if there are none."""
-    return _restore(self._best, template, epoch)
+    """The weights saved as the best at `epoch`, or the latest best; None if there are none.
+
+    Raises:
+      WorkdirError: they can't be read, or were saved by a later version. Weights of earlier
+        versions have the same form.
+    """
+    step = self._best.latest_step() if epoch is None else epoch
+    if step is not None and step in self._best.all_steps():
+      found = _version(self._best, step)
+      if found["state_version"] > TrainState.VERSION:
+        raise _other_version(self._best, step, found)
+    return _restore(self._best, template, step)
 
   def _save(self, manager: ocp.CheckpointManager, tree, step: int) -> None:
     # One save at a time: a last state must not name a best epoch whose weights are not complete,
@@ -112,16 +129,28 @@ class Checkpoints:
       manager.save(step, args=ocp.args.StandardSave(tree), custom_metadata=_VERSION)
 
 
-def _require_version(manager: ocp.CheckpointManager) -> None:
-  if (step := manager.latest_step()) is None:
-    return
-  found = _BEFORE_VERSIONS | (manager.metadata(step).custom_metadata or {})
-  if found["state_version"] != TrainState.VERSION:
-    raise WorkdirError(
-      f"the checkpoint {manager.directory / str(step)} was saved by {found['saved_by']} and is "
-      f"read by that version only, not by {_VERSION['saved_by']}: use that version, or choose "
-      "another --workdir"
-    )
+def _version(manager: ocp.CheckpointManager, step: int) -> dict:
+  """What is saved with a checkpoint: the state's version, and who saved it."""
+  try:
+    metadata = manager.metadata(step)
+  except (OSError, ValueError, KeyError) as error:
+    raise _unreadable(manager, step, error) from error
+  if metadata.init_timestamp_nsecs is None:  # orbax passes over a file that it can't read
+    raise _unreadable(manager, step, ValueError("its metadata is missing or damaged"))
+  return _BEFORE_VERSIONS | (metadata.custom_metadata or {})
+
+
+def _other_version(manager: ocp.CheckpointManager, step: int, found: dict) -> WorkdirError:
+  return WorkdirError(
+    f"the checkpoint {manager.directory / str(step)} was saved by {found['saved_by']} (state "
+    f"version {found['state_version']}), which reads it; this is {_VERSION['saved_by']} (version "
+    f"{TrainState.VERSION}): use that version, or choose another --workdir"
+  )
+
+
+def _unreadable(manager: ocp.CheckpointManager, step: int, error: Exception) -> WorkdirError:
+  reason = (str(error) or repr(error)).splitlines()[0]
+  return WorkdirError(f"the checkpoint {manager.directory / str(step)} can't be read: {reason}")
 
 
 class TrainedModel(NamedTuple):
@@ -159,7 +188,4 @@ def _restore(manager: ocp.CheckpointManager, template, step=None):
     # With shardings, because the devices may not be those that saved.
     return manager.restore(step, args=ocp.args.StandardRestore(template))
   except (OSError, ValueError, KeyError) as error:
-    raise WorkdirError(
-      f"the checkpoint {manager.directory / str(step)} can't be read: "
-      f"{(str(error) or repr(error)).splitlines()[0]}"
-    ) from error
+    raise _unreadable(manager, step, error) from error

@@ -40,7 +40,7 @@ def format_header(
   if isinstance(images, StreamedSplit):
     place = f"streamed (worker processes: {images.workers})"
   processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-  cut = f", parameters cut over {mesh.shape[FSDP]}" if mesh.shape[FSDP] > 1 else ""
+  cut = f", parameters sharded over {mesh.shape[FSDP]}" if mesh.shape[FSDP] > 1 else ""
   return (
     f"model    {config.model.name}, {count_parameters(state.params):,} parameters, {config.dtype}\n"
     f"data     {info.name}, {info.num_classes} classes, {place}\n"
