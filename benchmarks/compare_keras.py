@@ -158,8 +158,11 @@ def _keras(pipe: Connection, name: str, backend: str) -> None:
 
   from train import data, flags
   from train.data.statistics import channel_statistics
+  from train.devices.compile import skip_missing_tpu
 
   flags.quiet_libraries()
+  if backend == "jax":
+    skip_missing_tpu()
   config = _config(name)
   split = data.load(config.data, config.model.image_size, splits=("train",)).train
   mean, variance = channel_statistics(split)

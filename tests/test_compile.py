@@ -75,6 +75,11 @@ register_backend_factory("tpu", lambda: print("tried"), priority=300)
 """
 
 
+# JAX chooses, among no GPUs.
+_ANY_PLATFORM = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+_ANY_PLATFORM |= {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def devices(root: Path, **environment: str) -> list[str]:
   """The platform that a new process prints, as if libtpu were installed, with `root` as /."""
   code = (
@@ -85,7 +90,7 @@ def devices(root: Path, **environment: str) -> list[str]:
   process = subprocess.run(
     [sys.executable, "-c", code],
     cwd=Path(__file__).parents[1],
-    env={k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | environment,
+    env=_ANY_PLATFORM | environment,
     capture_output=True,
     text=True,
   )
@@ -96,7 +101,7 @@ def devices(root: Path, **environment: str) -> list[str]:
 def test_libtpu_is_tried_only_where_a_tpu_may_be(tmp_path):
   (tmp_path / "dev" / "vfio").mkdir(parents=True)
   (tmp_path / "dev" / "vfio" / "vfio").touch()  # on any machine with vfio
-  assert devices(tmp_path) == ["cpu"]
+  assert devices(tmp_path) == devices(tmp_path, JAX_PLATFORMS="") == ["cpu"]
   (tmp_path / "dev" / "accel0").touch()
   assert devices(tmp_path) == ["tried", "cpu"]
   assert devices(tmp_path, JAX_PLATFORMS="cpu") == ["cpu"]
@@ -107,7 +112,7 @@ def test_commands_are_silent_with_libtpu_and_no_tpu(tmp_path):
   process = subprocess.run(
     [sys.executable, "-m", "train.predict", "--workdir", tmp_path, "x.png"],
     cwd=Path(__file__).parents[1],
-    env={k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"},
+    env=_ANY_PLATFORM,
     capture_output=True,
     text=True,
   )

@@ -53,7 +53,7 @@ def skip_missing_tpu(root: Path = Path("/")) -> None:
     root: root of the file system; tests pass another.
   """
   # JAX itself sets the platforms if it sees a TPU; libtpu also looks at the device files.
-  if getattr(jax.config, "jax_platforms", None) is not None or _may_have_tpu(root / "dev"):
+  if getattr(jax.config, "jax_platforms", None) or _may_have_tpu(root / "dev"):
     return
   with contextlib.suppress(ImportError, TypeError, RuntimeError):  # if a later JAX lacks this API
     from jax.extend.backend import register_backend_factory
