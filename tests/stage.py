@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from runs import hear_signals
+
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 LAUNCH = REPOSITORY / "launch"
@@ -55,6 +57,7 @@ class Stage:
       text=True,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
+      preexec_fn=hear_signals,
     )
     self.processes.append(process)
     return process
