@@ -67,7 +67,7 @@ def sent(models: list[str]) -> None:
 
 def time(models: list[str], seconds: float) -> None:
   """Prints milliseconds a step on simulated devices, for a fixed batch and for one that grows."""
-  print("| | devices | same batch: images, ms a step | same share: images, ms a step |")
+  print("| | devices | same batch: images, ms a step | same local batch: images, ms a step |")
   print("|---|---|---|---|")
   for name in models:
     config = importlib.import_module(f"configs.{name}").get_config()
