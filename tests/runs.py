@@ -1,11 +1,12 @@
 """Real runs of train.main, in processes of their own."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conftest import SHAPES100_DIR
@@ -40,22 +41,29 @@ def start(
 
 
 def run(*command: str, devices: int = 2) -> subprocess.Popen:
-  """Starts a command with this number of CPU devices."""
-  return subprocess.Popen(
-    command,
-    cwd=REPOSITORY,
-    env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
-    preexec_fn=hear_signals,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  """A command on so many CPU devices."""
+  with signals_are_heard():
+    return subprocess.Popen(
+      command,
+      cwd=REPOSITORY,
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
 
 
-def hear_signals() -> None:
-  """In a new process: ends on Ctrl-C and with its terminal, though the suite may ignore both."""
-  for signum in (signal.SIGINT, signal.SIGHUP):
+@contextlib.contextmanager
+def signals_are_heard() -> Iterator[None]:
+  """What starts in this context hears Ctrl-C and the end of its terminal; the suite may not."""
+  ignored = [s for s in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_IGN]
+  for signum in ignored:
     signal.signal(signum, signal.SIG_DFL)
+  try:
+    yield
+  finally:
+    for signum in ignored:
+      signal.signal(signum, signal.SIG_IGN)
 
 
 def saved_step(folder: Path, per_epoch: int = 40) -> int:

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from runs import hear_signals
+from runs import signals_are_heard
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
@@ -50,15 +50,15 @@ class Stage:
     (self.folder / "scenario.json").write_text(json.dumps(scenario))
 
   def start(self, *command: str) -> subprocess.Popen:
-    process = subprocess.Popen(
-      command,
-      env=self.environment,
-      cwd=self.folder,
-      text=True,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      preexec_fn=hear_signals,
-    )
+    with signals_are_heard():
+      process = subprocess.Popen(
+        command,
+        env=self.environment,
+        cwd=self.folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+      )
     self.processes.append(process)
     return process
 

@@ -94,7 +94,7 @@ def dropout_calls(name):
 
   def spy(next_function, args, kwargs, context):
     module = context.module
-    if isinstance(module, layers.Dropout):
+    if isinstance(module, dropout.Dropout):
       calls.append((module.rate, args[0].shape[1:]))
     elif isinstance(module, SelfAttention):
       tokens = args[0].shape[1]

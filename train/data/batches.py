@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -131,6 +132,10 @@ def _begin_worker(worker: int, workers: int) -> None:
     signal.signal(signum, signal.SIG_IGN)
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have ended before the kernel was asked to say so.
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:
+      os._exit(1)
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
