@@ -22,6 +22,8 @@ from train.devices.hosts import LOST
 from train.errors import fail
 from train.interrupt import SIGNALS
 
+# Statuses of a process that lost another one, and not the cause: its own, or an abort inside JAX.
+_LOST_ANOTHER = (LOST, -signal.SIGABRT)
 _GRACE_SECONDS = 20.0  # after one has failed, until the others are killed
 _POLL_SECONDS = 0.1
 _STDERR_LINES = 20  # shown of a failed process
@@ -111,7 +113,7 @@ def _wait(started: list[_Process]) -> _Process | None:
 
 def _first_failed(started: list[_Process]) -> _Process | None:
   failed = [process for process in started if process.child.poll()]
-  causes = [process for process in failed if process.child.returncode != LOST]
+  causes = [process for process in failed if process.child.returncode not in _LOST_ANOTHER]
   return next(iter(causes or failed), None)
 
 

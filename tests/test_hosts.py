@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runs import COMMAND, free_port, numbers, saved_step, start
 from test_folder import make_folder
 
+from launch import local
 from train.run import metrics
 
 STEPS = 40  # per epoch
@@ -85,6 +87,19 @@ def test_two_processes_are_killed_restarted_and_equal_one(on_one_process, tmp_pa
   assert_same_curves(folder, on_one_process)
   (test, expected) = metrics.read_summary(folder), metrics.read_summary(on_one_process)
   np.testing.assert_allclose(test["test_loss"], expected["test_loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("statuses", "blamed"),
+  [([-6, -9], 1), ([75, 1], 1), ([-6, 75], 0), ([None, -9], 1), ([0, None], None), ([2, -6], 0)],
+)
+def test_the_process_that_failed_first_is_blamed_and_not_those_that_lost_it(statuses, blamed):
+  def ended(status):
+    return SimpleNamespace(child=SimpleNamespace(poll=lambda: status, returncode=status))
+
+  processes = [ended(status) for status in statuses]
+  expected = None if blamed is None else processes[blamed]
+  assert local._first_failed(processes) is expected
 
 
 @pytest.mark.slow
