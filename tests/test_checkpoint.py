@@ -1,19 +1,23 @@
-"""Background saves do not overlap, and only the version that wrote a checkpoint reads it."""
+"""Checkpoints: saved one at a time, read by the version that wrote them, and never when damaged."""
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from runs import numbers
 
 import mlp_models
 from train import data
-from train.devices.mesh import make_mesh
-from train.errors import WorkdirError
+from train.devices.mesh import by_example, make_mesh
+from train.errors import StorageError, WorkdirError
 from train.loop import train_and_evaluate
 from train.run.checkpoint import Checkpoints, load_trained_model
+from train.run.checksum import checksum
 from train.state import abstract_state, make_init
 
 
@@ -83,16 +87,133 @@ def test_weights_of_an_earlier_version_are_read_and_of_a_later_one_refused(
     load_trained_model(tmp_path, make_mesh())
 
 
-def test_a_checkpoint_whose_metadata_is_damaged_is_not_taken_for_an_old_one(
-  finished_run, smoke_config, tmp_path
-):
+def damage_metadata(checkpoint: Path) -> None:
+  path = checkpoint / "_CHECKPOINT_METADATA"
+  path.write_text(path.read_text()[:40])
+
+
+def empty(checkpoint: Path) -> None:
+  for path in arrays(checkpoint):
+    path.write_bytes(b"")
+
+
+def tear(checkpoint: Path) -> None:
+  for path in arrays(checkpoint):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+  for path in arrays(checkpoint):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def remove_arrays(checkpoint: Path) -> None:
+  for path in arrays(checkpoint):
+    path.unlink()
+
+
+def remove_tree_description(checkpoint: Path) -> None:
+  (checkpoint / "default" / "_METADATA").unlink()
+
+
+def arrays(checkpoint: Path) -> list[Path]:
+  return list((checkpoint / "default" / "ocdbt.process_0" / "d").iterdir())
+
+
+@pytest.fixture
+def stopped_run(finished_run, tmp_path) -> Path:
+  """A copy of the finished run that has yet to be tested; its last states are 18 and 27."""
   folder = tmp_path / "run"
   shutil.copytree(finished_run, folder)
   (folder / "summary.json").unlink()
-  path = folder / "checkpoints" / "last" / "27" / "_CHECKPOINT_METADATA"
-  path.write_text(path.read_text()[:40])
-  with pytest.raises(WorkdirError, match="27 can't be read: its metadata is missing or damaged"):
-    train_and_evaluate(smoke_config(epochs=3), folder)
+  return folder
+
+
+DAMAGES = [damage_metadata, empty, tear, flip_a_bit, remove_arrays, remove_tree_description]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=[damage.__name__ for damage in DAMAGES])
+def test_instead_of_a_damaged_state_the_one_before_is_used(
+  damage, stopped_run, finished_run, smoke_config, capsys
+):
+  damage(stopped_run / "checkpoints" / "last" / "27")
+  train_and_evaluate(smoke_config(epochs=3), stopped_run)
+  error = capsys.readouterr().err
+  assert "last/27 can't be read" in error and "the one before it is used" in error
+  assert error.count("\n") == 1
+  assert numbers(stopped_run) == numbers(finished_run)
+  (aside,) = (stopped_run / "checkpoints" / "damaged").iterdir()
+  assert aside.name.startswith("last-27-")
+  names = {path.name for path in (stopped_run / "checkpoints" / "last").iterdir()}
+  assert names == {"18", "27"}
+
+
+def test_a_changed_number_that_orbax_does_not_notice_is_found(stopped_run, smoke_config, capsys):
+  template = abstract_state_of(smoke_config(epochs=3))
+  with Checkpoints(stopped_run) as checkpoints:
+    state = checkpoints.restore_last(template)
+    path = stopped_run / "checkpoints" / "last" / "27" / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    changed = np.asarray(state.mean).view(np.uint32) ^ np.uint32(1 << 3)
+    state = state.replace(mean=changed.view(np.float32), step=state.step + 1)
+    checkpoints.save_last(state, wait=True)
+  path = stopped_run / "checkpoints" / "last" / "28" / "_CHECKPOINT_METADATA"
+  changed = json.loads(path.read_text())
+  changed["custom_metadata"]["checksum"] = metadata["custom_metadata"]["checksum"]
+  path.write_text(json.dumps(changed))
+  capsys.readouterr()
+  with Checkpoints(stopped_run) as checkpoints:
+    assert int(checkpoints.restore_last(template).step) == int(state.step) - 1
+  assert "28 can't be read: its checksum is another" in capsys.readouterr().err
+
+
+def test_if_every_state_is_damaged_nothing_is_lost(stopped_run, smoke_config):
+  for step in ("18", "27"):
+    tear(stopped_run / "checkpoints" / "last" / step)
+  before = {p: p.read_bytes() for p in stopped_run.rglob("*") if p.is_file()}
+  with pytest.raises(WorkdirError, match="last/18 can't be read"):
+    train_and_evaluate(smoke_config(epochs=3), stopped_run)
+  left = {p.name: p.read_bytes() for p in stopped_run.rglob("*") if p.is_file()}
+  assert all(left.get(path.name) == content for path, content in before.items())
+
+
+def test_damaged_best_weights_are_replaced_by_those_before(stopped_run, smoke_config, capsys):
+  template = abstract_state_of(smoke_config(epochs=3))
+  with Checkpoints(stopped_run) as checkpoints:
+    state = checkpoints.restore_last(template)
+    checkpoints.save_best(state)  # of epoch 3
+  tear(stopped_run / "checkpoints" / "best" / "3")
+  capsys.readouterr()
+  assert load_trained_model(stopped_run, make_mesh()).weights.mean.shape == (3,)
+  error = capsys.readouterr().err
+  assert "best/3 can't be read" in error and "the one before it is used" in error
+  assert (stopped_run / "checkpoints" / "best" / "3").exists()  # evaluation moves nothing
+
+
+def test_a_save_that_orbax_declines_is_an_error(stopped_run, smoke_config, monkeypatch):
+  monkeypatch.setattr("train.run.storage._PAUSES", ())
+  template = abstract_state_of(smoke_config(epochs=3))
+  with Checkpoints(stopped_run) as checkpoints:
+    state = checkpoints.restore_last(template)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *_, **__: False)
+    with pytest.raises(StorageError, match="orbax declines to save .*last/28"):
+      checkpoints.save_last(state.replace(step=state.step + 1), wait=True)
+
+
+def test_the_checksum_is_the_same_on_any_mesh_and_sees_every_bit():
+  tree = {"a": jnp.arange(24, dtype=jnp.float32).reshape(4, 6), "b": jnp.int32(3)}
+  expected = checksum(tree)
+  for devices in (1, 2, 4):
+    mesh = make_mesh(fsdp=devices, devices=jax.devices()[:devices])
+    spread = jax.device_put(tree["a"], by_example(mesh))
+    assert checksum({"a": spread, "b": tree["b"]}) == expected
+  for place in range(24):
+    for bit in (0, 1, 22, 31):
+      changed = np.array(tree["a"]).reshape(-1)
+      changed.view(np.uint32)[place] ^= np.uint32(1 << bit)
+      assert checksum({"a": changed.reshape(4, 6), "b": tree["b"]}) != expected
 
 
 def abstract_state_of(config):

@@ -28,13 +28,28 @@ class Disagreement(ValueError):
 class TrainingFailed(Exception):
   """Training can't continue. The message says why, and what to change."""
 
+  exit_status = 70  # EX_SOFTWARE of sysexits.h; the same command would fail again
 
-class Interrupted(Exception):
-  """A signal has asked the run to stop."""
+
+class StorageError(Exception):
+  """Results can't be written now: a full disk, for example. The message names path and reason.
+
+  The same command goes on from the last good checkpoint once there is space again.
+  """
+
+  exit_status = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
+
+
+class Interrupted(BaseException):
+  """A signal ends the command. Like KeyboardInterrupt it is no Exception."""
 
   def __init__(self, signum: int):
     super().__init__(signal.Signals(signum).name)
     self.exit_status = 128 + signum  # as a shell reports a process killed by a signal
+
+
+class SavedAndStopped(Interrupted):
+  """A signal has ended a run, in all its processes, and its state is saved."""
 
 
 def first_line(error: Exception) -> str:

@@ -1,14 +1,41 @@
-"""Signals that ask a run to stop."""
+"""Signals that end a command: when it hears them, and what they do."""
 
+import contextlib
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
 
-# Ctrl-C; the end of a cluster job or of a preempted machine; SLURM's warning ahead of that.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from train.errors import Interrupted, fail
+
+# Ctrl-C; the end of a cluster job or of a preempted machine; SLURM's warning ahead of that; the end
+# of a terminal.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+  """Inside this context a signal raises Interrupted, which ends the program with its exit status.
+
+  A second Ctrl-C ends it at once, even while XLA compiles.
+  """
+  heard: list[int] = []
+
+  def handler(signum: int, frame: object) -> None:
+    del frame
+    if not heard:  # clusters repeat theirs
+      heard.append(signum)
+      raise Interrupted(signum)
+
+  try:
+    with _handled(handler, hear=lambda signum: None):
+      yield
+  except Interrupted as interruption:
+    fail(f"stopped by {interruption}", interruption.exit_status)
 
 
 class StopRequest:
-  """Inside this context signals are only recorded; a second Ctrl-C ends the process.
+  """Inside this context signals are only recorded; a second Ctrl-C ends the process at once.
 
   A signal that arrives while the program compiles, evaluates or saves is not missed. Only the first
   one counts: clusters repeat theirs while the process saves.
@@ -16,22 +43,61 @@ class StopRequest:
 
   def __init__(self):
     self.signum = 0  # of the first signal; 0: none yet
-    self._previous = {}
+    self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> "StopRequest":
-    for signum in SIGNALS:
-      self._previous[signum] = signal.signal(signum, self._request)
+    # Python itself only needs a handler; the signal is recorded as it arrives.
+    self._stack.enter_context(_handled(lambda signum, frame: None, self._record))
     return self
 
   def __exit__(self, *exception) -> None:
-    for signum, handler in self._previous.items():
-      signal.signal(signum, handler)
+    self._stack.close()
 
-  def _request(self, signum: int, frame) -> None:
-    del frame
-    if signum == signal.SIGINT:
-      signal.signal(signum, self._previous[signum])
-    if self.signum:
-      return
-    self.signum = int(signum)
-    os.write(2, b"\nstopping at the next step\n")  # print is not safe in a signal handler
+  def _record(self, signum: int) -> None:
+    if not self.signum:
+      self.signum = signum
+      os.write(2, b"\nstopping at the next step\n")
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable, hear: Callable[[int], None]) -> Iterator[None]:
+  """Handles SIGNALS; a second Ctrl-C ends the process at once.
+
+  Python runs a handler between two of its instructions, so after XLA has compiled. A thread reads
+  the numbers of signals as they arrive.
+
+  Args:
+    handler: Python's handler, (signum, frame) -> None.
+    hear: called with each signum in the thread, as soon as it arrives.
+  """
+  reading, writing = os.pipe()
+  os.set_blocking(writing, False)
+
+  def watch() -> None:
+    interrupts = 0
+    while signum := os.read(reading, 1)[0]:
+      interrupts += signum == signal.SIGINT
+      if interrupts == 2:
+        os.write(2, b"\nerror: stopped at once by a second Ctrl-C; nothing more is saved\n")
+        os._exit(128 + signal.SIGINT)
+      if signum in previous:
+        hear(signum)
+
+  previous = {}
+  watcher = threading.Thread(target=watch, name="signals", daemon=True)
+  watcher.start()
+  wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+  try:
+    for signum in SIGNALS:
+      # nohup has it ignored: the run is to outlive its terminal.
+      if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+        previous[signum] = signal.signal(signum, handler)
+    yield
+  finally:
+    signal.set_wakeup_fd(wakeup)
+    for signum, before in previous.items():
+      signal.signal(signum, before)
+    os.write(writing, bytes([0]))  # ends the thread
+    watcher.join()
+    os.close(reading)
+    os.close(writing)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -18,9 +19,9 @@ from train.data.batches import num_batches, train_calls
 from train.data.statistics import channel_statistics
 from train.devices import hosts
 from train.devices.mesh import make_mesh, microbatch_size, replicated
-from train.errors import Interrupted, TrainingFailed
+from train.errors import Interrupted, SavedAndStopped, TrainingFailed, WorkdirError
 from train.interrupt import StopRequest
-from train.run import metrics, workdir
+from train.run import lock, metrics, workdir
 from train.run.checkpoint import Checkpoints
 from train.run.header import format_header
 from train.run.progress import Progress
@@ -38,7 +39,7 @@ from train.step import compile_in_background, evaluate, make_eval_step, make_tra
 _SAVE = 1  # vote 1: save; a vote >= 2 is a signal number: save and stop
 
 
-def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
+def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[str, Any]:
   """Trains `config.model`, or resumes an earlier run in the same folder.
 
   Args:
@@ -49,18 +50,24 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict[str, Any]
   Raises:
     ConfigError: the batch does not fit the devices.
     DataError: the dataset is unavailable or broken.
-    WorkdirError: the folder can't be used, or holds a run of another config or version.
+    WorkdirError: the folder can't be used, is in use by another process, or holds a run of another
+      config or version.
     Disagreement: the processes of the run differ in config, dataset or workdir.
-    Interrupted: a signal asked the run to stop; its state is saved.
+    SavedAndStopped: a signal asked the run to stop; its state is saved.
+    StorageError: results can't be written.
     TrainingFailed: the loss is NaN or infinite.
   """
+  folder = epath.Path(folder)
   mesh = make_mesh(**config.mesh)
   microbatch = microbatch_size(config, mesh)  # raises, before anything costly starts
-  info = claim(config, folder)
-  if summary := metrics.read_summary(folder):
-    print(f"{folder} holds a finished run; another --workdir starts a new one.")
-    return summary
   with contextlib.ExitStack() as stack:
+    stack.enter_context(lock.owned(folder))
+    info = claim(config, folder)
+    summary = metrics.read_summary(folder)
+    if summary and metrics.is_finished(summary, config.epochs):
+      print(f"{folder} holds a finished run; another --workdir starts a new one.")
+      return summary
+    workdir.require_state(folder)
     run, state = open_run(config, info, folder, mesh, microbatch, stack)
     state = train(run, state)
     return test(run, state)
@@ -91,16 +98,16 @@ class Watch:
     self._agree = hosts.Agreement(mesh)
 
   def __call__(self, state: TrainState) -> None:
-    """Saves the state if it is due; after a signal, saves it and raises Interrupted."""
+    """Saves the state if it is due; after a signal, saves it and raises SavedAndStopped."""
     late = self._checkpoints.seconds_since_last > self._seconds
     if decision := self._agree(self._stop.signum or (_SAVE if late else 0)):
-      self.save(state)
+      self.save(state, wait=decision > _SAVE)
     if decision > _SAVE:
-      raise Interrupted(decision)
+      raise SavedAndStopped(decision)
 
-  def save(self, state: TrainState) -> None:
-    """Saves the state now."""
-    self._checkpoints.save_last(state)
+  def save(self, state: TrainState, wait: bool = False) -> None:
+    """Saves the state now, in the background unless `wait`."""
+    self._checkpoints.save_last(state, wait)
     self._agree.forget()
 
 
@@ -109,8 +116,9 @@ def claim(config: ConfigDict, folder: epath.Path) -> data.DatasetInfo:
   with hosts.first_goes_first():
     config.data = data.resolve(config.data)
   info = data.describe(config.data, data.Processes(hosts.share, hosts.gather))
+  rows = metrics.read(folder)
   with hosts.first_goes_first():
-    workdir.claim(folder, config, info)
+    workdir.claim(folder, config, info, trained=rows[-1]["epoch"] if rows else 0)
   summary, is_there = metrics.read_summary(folder), (folder / "config.json").exists()
   same = [config.to_json(), info.sizes, info.class_names, is_there, summary]
   hosts.require_same("config, dataset or --workdir", same)
@@ -151,6 +159,9 @@ def open_run(
   state = checkpoints.restore_last(template)
   if state is None:
     state = init(*channel_statistics(dataset["train"]))
+    # Without space for checkpoints the run ends here, not after hours. It also marks the beginning:
+    # whoever finds results in the workdir, but no state, knows that it was removed.
+    checkpoints.save_last(state, wait=True)
   else:
     print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
   print(format_header(config, info, dataset, state, mesh, microbatch, compiled), flush=True)
@@ -220,8 +231,10 @@ def test(run: Run, state: TrainState) -> dict[str, Any]:
   """Evaluates the weights of the best epoch on the test images, and writes summary.json."""
   best_epoch = int(state.best.epoch)
   run.progress.write(f"Testing the weights of epoch {best_epoch}.")
-  best = run.checkpoints.restore_best(run.template.weights(), best_epoch)
-  assert best is not None  # saved before the state that names its epoch
+  restored = run.checkpoints.restore_best(run.template.weights(), best_epoch)
+  if restored is None:  # saved before the state that names its epoch, so it was removed
+    raise WorkdirError(f"{run.folder / 'checkpoints' / 'best'} holds no weights of this run")
+  best, best_epoch = restored
   summary = {
     **{f"test_{name}": value for name, value in _evaluate(run, state, best, "test").items()},
     "best_epoch": best_epoch,
@@ -230,6 +243,8 @@ def test(run: Run, state: TrainState) -> dict[str, Any]:
     "stopped_early": int(state.epoch) < run.config.epochs,
     "seconds": sum(row["seconds"] for row in metrics.read(run.folder)),
   }
+  if run.config.data.test_split == run.config.data.validation_split:
+    summary["test_split"] = run.config.data.test_split
   run.writer.summary(summary)
   return summary
 
@@ -290,6 +305,6 @@ def _make_finish_epoch(config: ConfigDict, mesh: Mesh) -> Callable:
 
 def _is_finished(state: TrainState, config: ConfigDict) -> bool:
   epoch = int(state.epoch)
-  return epoch == config.epochs or optimizer.should_stop(
+  return epoch >= config.epochs or optimizer.should_stop(
     state.best, epoch, config.early_stop_patience
   )

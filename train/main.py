@@ -10,14 +10,15 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from train import check, flags
+from train import check, flags, interrupt
 from train.devices import hosts
 from train.devices.compile import start_jax
 from train.errors import (
   ConfigError,
   DataError,
   Disagreement,
-  Interrupted,
+  SavedAndStopped,
+  StorageError,
   TrainingFailed,
   WorkdirError,
   fail,
@@ -31,8 +32,9 @@ _OUT_OF_MEMORY = """out of memory. Three knobs help:
 
 
 def main() -> None:
-  """Exit status: 0 finished, 1 failed, 2 wrong flags, 75 another process was lost; 130 saved and
-  stopped by SIGINT (Ctrl-C), 138 by SIGUSR1, 143 by SIGTERM."""
+  """Exit status: 0 finished, 1 failed, 2 wrong flags; 70 the loss is no longer a number; 75 another
+  process was lost, or results can't be written now; 129 stopped by SIGHUP, 130 by SIGINT (Ctrl-C),
+  138 by SIGUSR1, 143 by SIGTERM."""
   parser = argparse.ArgumentParser(prog="python -m train.main", allow_abbrev=False)
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
   parser.add_argument(
@@ -47,9 +49,10 @@ def main() -> None:
     check.check_config(config)
   except ConfigError as error:
     fail(error, 2)
-  start_jax(config)
-  with hosts.joined(arguments):
-    _run(config, arguments.workdir)
+  with interrupt.interruptible():
+    start_jax(config)
+    with hosts.joined(arguments):
+      _run(config, arguments.workdir)
 
 
 def _run(config: ConfigDict, folder: epath.Path | None) -> None:
@@ -58,20 +61,18 @@ def _run(config: ConfigDict, folder: epath.Path | None) -> None:
     from train import loop
     from train.run import metrics
 
-    if folder is None:
-      began = time.strftime("%Y%m%d-%H%M%S", time.localtime(hosts.time_of_first()))
-      folder = epath.Path(f"runs/{config.model.name}-{began}")
+    folder = folder or _new_workdir(config)
     summary = loop.train_and_evaluate(config, folder)
-  except Interrupted as interruption:
+  except SavedAndStopped as interruption:
     again = f"the same command with --workdir {folder} goes on from there"
     fail(f"stopped by {interruption}; {again}", interruption.exit_status)
-  except KeyboardInterrupt:  # before training, when there is nothing to save, or a second Ctrl-C
-    fail("stopped by SIGINT", 130)
   except ConfigError as error:
     fail(error, 2)
-  except (DataError, WorkdirError, TrainingFailed, Disagreement) as error:
+  except (StorageError, TrainingFailed) as error:
+    fail(error, error.exit_status)
+  except (DataError, WorkdirError, Disagreement) as error:
     fail(error, 1)
-  except OSError as error:  # a full disk, a read-only folder
+  except OSError as error:  # a read-only folder
     fail(f"{error.filename or folder}: {error.strerror or error}", 1)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error):
@@ -80,6 +81,13 @@ def _run(config: ConfigDict, folder: epath.Path | None) -> None:
       fail(f"another process of this run is lost: {error}", hosts.LOST)
     raise
   print(metrics.format_summary(summary, folder))
+
+
+def _new_workdir(config: ConfigDict) -> epath.Path:
+  """A folder in runs/ that the first process has made for this run."""
+  is_first = not jax.process_index()
+  made = str(workdir.new(config.model.name, int(time.time()))) if is_first else ""
+  return epath.Path(hosts.gather(made)[0])
 
 
 if __name__ == "__main__":

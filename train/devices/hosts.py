@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from train.devices.mesh import by_example
-from train.errors import Disagreement, Interrupted, fail
+from train.errors import Disagreement, SavedAndStopped, fail
 
 LOST = 75  # exit status if another process is missing or lost: EX_TEMPFAIL of sysexits.h
 _HOURS_TO_WAIT = 24  # while another process prepares a dataset
@@ -65,7 +65,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     _keep_stdout_for_the_first()
     yield
   except SystemExit as end:
-    if not isinstance(end.__context__, Interrupted):  # which all processes have agreed on
+    if not isinstance(end.__context__, SavedAndStopped):  # which all processes have agreed on
       _exit_at_once(end.code if isinstance(end.code, int) else 1)
     raise
   except Exception:
@@ -219,11 +219,6 @@ def is_loss_of_another(error: jax.errors.JaxRuntimeError) -> bool:
   """Whether an error means that another process has ended or can't be reached."""
   signs = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "Gloo", "NCCL", "Connection")
   return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
-
-
-def time_of_first() -> int:
-  """Seconds since 1970, by the clock of the first process."""
-  return int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))
 
 
 def _exit_at_once(status: int) -> None:

@@ -1,10 +1,12 @@
-"""Checkpoints with orbax: the last state, to continue from, and the best weights, to use.
+"""Checkpoints with orbax: the last states, to continue from, and the best weights, to use.
 
-workdir/checkpoints/last holds one whole TrainState, workdir/checkpoints/best the last two Weights
-by epoch. A checkpoint is deleted once its successor is complete.
+workdir/checkpoints/last holds the last two TrainStates, workdir/checkpoints/best the last two best
+Weights by epoch. Each is complete or absent, and saved with a checksum of its arrays. What
+proves damaged when it is read is moved to workdir/checkpoints/damaged, and the one before is used.
 """
 
 import contextlib
+import sys
 import time
 from typing import NamedTuple
 
@@ -16,8 +18,11 @@ from ml_collections import ConfigDict
 
 import mlp_models
 from train.data.splits import DatasetInfo
-from train.errors import WorkdirError
+from train.devices import hosts
+from train.errors import StorageError, WorkdirError
 from train.run import metrics, workdir
+from train.run.checksum import checksum
+from train.run.storage import is_local, last_writes, reason, retry
 from train.state import TrainState, Weights, abstract_state, make_init, make_model
 
 # Saved with each checkpoint; mlp_models 0.1 saved neither.
@@ -29,114 +34,222 @@ _BEFORE_VERSIONS = {"state_version": 0, "saved_by": "mlp_models 0.1"}
 
 
 class Checkpoints:
-  """Saves in the background; leaving the context waits until all is on disk, or raises.
+  """Saves and restores a run's states and weights. Use it as a context manager.
 
   Args:
     folder: the workdir.
-    read_only: create and delete nothing in it.
+    read_only: create, move and delete nothing in it.
   """
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
-    if workdir.is_local(folder):
+    if is_local(folder):
       folder = folder.absolute()  # orbax requires it
-    folder = folder / "checkpoints"
+    self._folder = folder / "checkpoints"
+    self._read_only = read_only
     self._saved_at = time.monotonic()
+    self._under_way: int | None = None  # the last state that is being saved in the background
 
-    def manager(name: str, keep: int) -> ocp.CheckpointManager:
+    def manager(name: str) -> ocp.CheckpointManager:
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep,
+        max_to_keep=None if read_only else 2,
         create=not read_only,
         read_only=read_only,
         cleanup_tmp_directories=not read_only,  # what a killed process left half-written
       )
-      return ocp.CheckpointManager(folder / name, options=options)
+      return ocp.CheckpointManager(self._folder / name, options=options)
 
-    # Keep two of the best: a run killed after saving new best weights, but before saving the state,
-    # resumes from a state that still names the best epoch before.
-    self._last, self._best = manager("last", keep=1), manager("best", keep=2)
+    # Two of the best also because a run killed after saving new best weights, but before saving the
+    # state, resumes from a state that still names the best epoch before.
+    self._last, self._best = manager("last"), manager("best")
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *exception) -> None:
-    with contextlib.ExitStack() as stack:
-      stack.callback(self._last.close)  # waits, and raises if a save has failed
+  def __exit__(self, kind, error, traceback) -> None:
+    with contextlib.ExitStack() as stack, last_writes(error):
+      stack.callback(self._last.close)
       stack.callback(self._best.close)
+      if failed := self._failure():
+        raise StorageError(failed)
 
   @property
   def seconds_since_last(self) -> float:
     """Seconds since the last `save_last`, or since the run began."""
     return time.monotonic() - self._saved_at
 
-  def save_last(self, state: TrainState) -> None:
-    """Saves the state to continue from."""
+  def save_last(self, state: TrainState, wait: bool = False) -> None:
+    """Saves the state to continue from, in the background unless `wait`.
+
+    If a save in the background fails, a line says so, and the next one waits and tries again.
+
+    Raises:
+      StorageError: the state could not be written, with `wait` or for the second time.
+    """
+    if failed := self._failure():
+      print(f"{failed}; trying again", file=sys.stderr, flush=True)
     # Add the epoch: after an epoch's evaluation the state has changed, but not the step.
-    self._save(self._last, state, int(state.step) + int(state.epoch))
+    step = int(state.step) + int(state.epoch)
     self._saved_at = time.monotonic()
+    if step in self._last.all_steps():
+      return  # right after a resume
+    if not wait and not failed:
+      try:
+        _begin(self._last, state, step)
+        self._under_way = step
+        return
+      except Exception as error:  # of any type, from orbax
+        path = self._last.directory / str(step)
+        print(
+          f"{path} can't be written: {reason(error)}; trying again", file=sys.stderr, flush=True
+        )
+    self._save(self._last, state, step)
 
   def save_best(self, state: TrainState) -> None:
-    """Saves the weights of the best epoch so far."""
+    """Saves the weights of the best epoch so far, and waits until they are on disk.
+
+    Raises:
+      StorageError: they could not be written.
+    """
+    # One save at a time: among several processes the barriers of both managers have the same names.
+    if failed := self._failure():
+      print(failed, file=sys.stderr, flush=True)
     self._save(self._best, state.weights(), int(state.epoch))
 
   def restore_last(self, template: TrainState) -> TrainState | None:
-    """The saved state, whatever devices saved it; None if there is none.
+    """The last saved state that is whole, whatever devices saved it; None if there is none.
+
+    Best weights of later epochs are removed: these epochs run again.
 
     Args:
       template: shapes, dtypes and shardings to restore to, from `state.abstract_state`.
     Raises:
-      WorkdirError: the checkpoint can't be read.
+      WorkdirError: there are checkpoints, but none can be read, or another version saved it.
     """
-    return _restore(self._last, template)
+    restored = self._restore(self._last, template, _newest_first(self._last))
+    if restored is None:
+      return None
+    state, _ = restored
+    for epoch in self._best.all_steps():
+      if epoch > int(state.epoch):
+        self._best.delete(epoch)
+    return state
 
   def last_version(self) -> dict | None:
-    """The last state's checkpoint, its state's version and who saved it; None if there is none.
-
-    Raises:
-      WorkdirError: the checkpoint can't be read.
-    """
-    step = self._last.latest_step()
-    return None if step is None else {"checkpoint": step} | _version(self._last, step)
+    """The last state's checkpoint, its state's version and who saved it; None if there is none."""
+    for step in _newest_first(self._last):
+      with contextlib.suppress(Exception):  # a damaged one is reported when it is restored
+        metadata = _metadata(self._last, step)
+        return {"checkpoint": step} | {key: metadata[key] for key in _VERSION}
+    return None
 
   def require_version(self) -> None:
     """Raises WorkdirError if the last state was saved by another version."""
-    if (step := self._last.latest_step()) is not None:
-      found = _version(self._last, step)
-      if found["state_version"] != TrainState.VERSION:
-        raise _other_version(self._last, step, found)
+    found = self.last_version()
+    if found and found["state_version"] != TrainState.VERSION:
+      raise _other_version(self._last, found["checkpoint"], found)
 
-  def restore_best(self, template: Weights, epoch: int | None = None) -> Weights | None:
-    """The weights saved as the best at `epoch`, or the latest best; None if there are none.
+  def restore_best(self, template: Weights, epoch: int | None = None) -> tuple[Weights, int] | None:
+    """The weights saved as the best at `epoch` or, if these are missing or damaged, before it.
 
+    Args:
+      epoch: None: the latest.
+    Returns:
+      The weights and their epoch; None if there are none.
     Raises:
       WorkdirError: they can't be read, or were saved by a later version. Weights of earlier
         versions have the same form.
     """
-    step = self._best.latest_step() if epoch is None else epoch
-    if step is not None and step in self._best.all_steps():
-      found = _version(self._best, step)
-      if found["state_version"] > TrainState.VERSION:
-        raise _other_version(self._best, step, found)
-    return _restore(self._best, template, step)
+    steps = [step for step in _newest_first(self._best) if epoch is None or step <= epoch]
+    if steps and epoch not in (None, steps[0]):
+      print(
+        f"The best weights, {self._best.directory / str(epoch)}, are missing: those of epoch "
+        f"{steps[0]} are used",
+        file=sys.stderr,
+        flush=True,
+      )
+    return self._restore(self._best, template, steps)
 
   def _save(self, manager: ocp.CheckpointManager, tree, step: int) -> None:
-    # One save at a time: a last state must not name a best epoch whose weights are not complete,
-    # and among several processes the barriers of both managers have the same names.
-    self._last.wait_until_finished()
-    self._best.wait_until_finished()
-    # A run killed after this save repeats it with the same values up to rounding; orbax refuses to
-    # overwrite.
-    if step not in manager.all_steps():
-      manager.save(step, args=ocp.args.StandardSave(tree), custom_metadata=_VERSION)
+    def write() -> None:
+      _begin(manager, tree, step)
+      manager.wait_until_finished()
+
+    retry(write, manager.directory / str(step))
+
+  def _failure(self) -> str:
+    """Waits for the save in the background; why it failed, or ""."""
+    step, self._under_way = self._under_way, None
+    if step is None:
+      return ""
+    try:
+      self._last.wait_until_finished()
+    except Exception as error:  # of any type, from orbax's threads
+      return f"{self._last.directory / str(step)} can't be written: {reason(error)}"
+    return ""
+
+  def _restore(self, manager: ocp.CheckpointManager, template, steps: list[int]):
+    """The first of `steps` that is whole, and which it is; None if there are none."""
+    for step in steps:
+      tree, problem = None, ""
+      try:
+        tree = _read(manager, template, step)
+      except WorkdirError:
+        raise
+      except Exception as error:  # orbax and tensorstore raise many types over damaged files
+        problem = reason(error)
+      if not (problem := next(filter(None, hosts.gather(problem)), "")):
+        return tree, step
+      message = f"the checkpoint {manager.directory / str(step)} can't be read: {problem}"
+      if step == steps[-1]:
+        raise WorkdirError(message)
+      print(f"{message}; the one before it is used", file=sys.stderr, flush=True)
+      if not self._read_only:
+        self._set_aside(manager, step)
+    return None
+
+  def _set_aside(self, manager: ocp.CheckpointManager, step: int) -> None:
+    """Moves a damaged checkpoint away, so that its step can be saved again."""
+    with hosts.first_goes_first():
+      source = manager.directory / str(step)
+      if source.exists():
+        folder = self._folder / "damaged"
+        folder.mkdir(exist_ok=True)
+        source.rename(folder / f"{manager.directory.name}-{step}-{time.time_ns()}")
+    manager.reload()
 
 
-def _version(manager: ocp.CheckpointManager, step: int) -> dict:
-  """What is saved with a checkpoint: the state's version, and who saved it."""
-  try:
-    metadata = manager.metadata(step)
-  except (OSError, ValueError, KeyError) as error:
-    raise _unreadable(manager, step, error) from error
+def _newest_first(manager: ocp.CheckpointManager) -> list[int]:
+  return sorted(manager.all_steps(), reverse=True)
+
+
+def _begin(manager: ocp.CheckpointManager, tree, step: int) -> None:
+  """Begins a save in the background."""
+  metadata = _VERSION | {"checksum": checksum(tree)}
+  arguments = ocp.args.StandardSave(tree)
+  if not manager.save(step, args=arguments, custom_metadata=metadata, force=True):
+    raise StorageError(f"orbax declines to save {manager.directory / str(step)}")
+
+
+def _read(manager: ocp.CheckpointManager, template, step: int):
+  """A checkpoint on the devices of `template`, which may not be those that saved."""
+  metadata = _metadata(manager, step)
+  version = metadata["state_version"]
+  # Weights of earlier versions have the same form.
+  if version > TrainState.VERSION or (
+    version < TrainState.VERSION and manager.directory.name == "last"
+  ):
+    raise _other_version(manager, step, metadata)
+  tree = manager.restore(step, args=ocp.args.StandardRestore(template))
+  if checksum(tree) != metadata.get("checksum", checksum(tree)):
+    raise ValueError("its checksum is another: the disk has changed it")
+  return tree
+
+
+def _metadata(manager: ocp.CheckpointManager, step: int) -> dict:
+  """What is saved with a checkpoint: the state's version, who saved it, and its checksum."""
+  metadata = manager.metadata(step)
   if metadata.init_timestamp_nsecs is None:  # orbax passes over a file that it can't read
-    raise _unreadable(manager, step, ValueError("its metadata is missing or damaged"))
+    raise ValueError("its metadata is missing or damaged")
   return _BEFORE_VERSIONS | (metadata.custom_metadata or {})
 
 
@@ -146,11 +259,6 @@ def _other_version(manager: ocp.CheckpointManager, step: int, found: dict) -> Wo
     f"version {found['state_version']}), which reads it; this is {_VERSION['saved_by']} (version "
     f"{TrainState.VERSION}): use that version, or choose another --workdir"
   )
-
-
-def _unreadable(manager: ocp.CheckpointManager, step: int, error: Exception) -> WorkdirError:
-  reason = (str(error) or repr(error)).splitlines()[0]
-  return WorkdirError(f"the checkpoint {manager.directory / str(step)} can't be read: {reason}")
 
 
 class TrainedModel(NamedTuple):
@@ -169,23 +277,14 @@ def load_trained_model(folder: epath.Path, mesh: Mesh) -> TrainedModel:
     WorkdirError: the folder holds no run, or no epoch of it has ended.
   """
   config, info = workdir.read_config(folder), workdir.read_dataset(folder)
-  weights = None
+  best = None
   if (folder / "checkpoints").exists():
-    best_epoch = (metrics.read_summary(folder) or {}).get("best_epoch")
+    summary = metrics.read_summary(folder)
+    is_finished = summary and metrics.is_finished(summary, config.epochs)
+    best_epoch = summary["best_epoch"] if summary and is_finished else None
     with Checkpoints(folder, read_only=True) as checkpoints:
       template = abstract_state(make_init(config, info, mesh), info).weights()
-      weights = checkpoints.restore_best(template, best_epoch)
-  if weights is None:
+      best = checkpoints.restore_best(template, best_epoch)
+  if best is None:
     raise WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")
-  return TrainedModel(config, info, make_model(config, info.num_classes), weights)
-
-
-def _restore(manager: ocp.CheckpointManager, template, step=None):
-  step = manager.latest_step() if step is None else step
-  if step is None:
-    return None
-  try:
-    # With shardings, because the devices may not be those that saved.
-    return manager.restore(step, args=ocp.args.StandardRestore(template))
-  except (OSError, ValueError, KeyError) as error:
-    raise _unreadable(manager, step, error) from error
+  return TrainedModel(config, info, make_model(config, info.num_classes), best[0])

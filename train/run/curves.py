@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from train.run.workdir import write_atomically
+from train.run.storage import write_atomically
 
 
 def draw_curves(rows: list[dict[str, Any]], path: str | os.PathLike, title: str = "") -> None:

@@ -17,10 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
+from train.errors import WorkdirError
 from train.run.curves import draw_curves
-from train.run.workdir import write_atomically
+from train.run.storage import is_local, last_writes, retry, write_atomically
 
 EPOCH_KEYS = (
   "epoch",
@@ -71,25 +74,18 @@ class Writer:
     self._rows = [row for row in read(self._workdir) if row["epoch"] <= resume_epoch]
     self._write_rows()
     last_step = self._rows[-1]["step"] if self._rows else -1
-    # TensorBoard's writer appends, which buckets do not support: its files are copied there whole.
-    self._scratch = tempfile.TemporaryDirectory()
-    self._tensorboard = SummaryWriter(
-      self._scratch.name,
-      purge_step=last_step + 1,  # TensorBoard hides an interrupted run's events from there on
-      filename_suffix=f".from_epoch_{resume_epoch}",
-    )
+    self._events = _Events(self._workdir / "tensorboard", resume_epoch, last_step + 1)
     self._drawn_at = -math.inf
     self._drawn_rows = 0
 
   def __enter__(self) -> "Writer":
     return self
 
-  def __exit__(self, *exception) -> None:
+  def __exit__(self, kind, error, traceback) -> None:
     if self._active:
-      self._draw()
-      self._tensorboard.close()
-      self._copy_tensorboard()
-      self._scratch.cleanup()
+      with last_writes(error):
+        self._draw()
+        self._events.close()
 
   def epoch(self, row: Mapping[str, Any]) -> None:
     """Appends one epoch.
@@ -106,10 +102,7 @@ class Writer:
       return
     self._rows.append(row)
     self._write_rows()
-    for key in EPOCH_KEYS[2:]:
-      self._add_scalar(key, row[key], row["step"])
-    self._tensorboard.flush()
-    self._copy_tensorboard()
+    self._events.add({key: row[key] for key in EPOCH_KEYS[2:]}, row["step"])
     if time.monotonic() - self._drawn_at > _SECONDS_BETWEEN_CURVES:
       self._draw()
 
@@ -117,32 +110,22 @@ class Writer:
     """Writes the run's result.
 
     Args:
-      summary: SUMMARY_KEYS -> number or bool.
+      summary: SUMMARY_KEYS -> number or bool. Also `test_split`, if there are no test images: the
+        split that the `test_` numbers are of.
     Raises:
       ValueError: a key is missing or unknown.
     """
-    summary = _to_json(summary, SUMMARY_KEYS)
+    keys = (*SUMMARY_KEYS, *({"test_split"} & set(summary)))
+    summary = _to_json(summary, keys)
     if not self._active:
       return
     write_atomically(self._workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     step = self._rows[-1]["step"] if self._rows else 0
-    for key in ("test_loss", "test_accuracy", "test_top5"):
-      self._add_scalar(key, summary[key], step)
+    tests = ("test_loss", "test_accuracy", "test_top5")
+    self._events.add({key: summary[key] for key in tests}, step)
 
   def _write_rows(self) -> None:
     write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
-
-  def _copy_tensorboard(self) -> None:
-    folder = self._workdir / "tensorboard"
-    folder.mkdir(exist_ok=True)
-    for path in epath.Path(self._scratch.name).iterdir():
-      write_atomically(folder / path.name, path.read_bytes())
-
-  def _add_scalar(self, key: str, value: float | None, step: int) -> None:
-    split, _, name = key.partition("_")
-    tag = f"{split}/{name}" if split in ("train", "val", "test") else key
-    if value is not None:
-      self._tensorboard.add_scalar(tag, value, step)
 
   def _draw(self) -> None:
     if len(self._rows) > self._drawn_rows:
@@ -150,22 +133,85 @@ class Writer:
       self._drawn_at, self._drawn_rows = time.monotonic(), len(self._rows)
 
 
+class _Events:
+  """TensorBoard's events in a folder, written at once; their errors are the caller's.
+
+  tensorboardX's SummaryWriter writes in a thread, which a full disk ends with a traceback.
+  """
+
+  def __init__(self, folder: epath.Path, resume_epoch: int, first_step: int):
+    """first_step: TensorBoard hides an interrupted run's events from there on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    self._folder = folder
+    # A bucket's objects can't be appended to: the file is copied there whole.
+    self._scratch = None if is_local(folder) else tempfile.TemporaryDirectory()
+    place = self._scratch.name if self._scratch else os.fspath(folder)
+    # With the process, since two of the same second would have one name.
+    suffix = f".from_epoch_{resume_epoch}.{os.getpid()}"
+    self._writer = EventsWriter(os.path.join(place, "events"), suffix)
+    start = SessionLog(status=SessionLog.START)
+    self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+    self._flush()
+
+  def add(self, numbers: Mapping[str, float | None], step: int) -> None:
+    """Appends numbers of a step by EPOCH_KEYS or SUMMARY_KEYS; None is left out."""
+    for key, value in numbers.items():
+      split, _, name = key.partition("_")
+      tag = f"{split}/{name}" if split in ("train", "val", "test") else key
+      if value is not None:
+        summary = scalar(tag, value)
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+    self._flush()
+
+  def close(self) -> None:
+    self._writer.close()
+    if self._scratch:
+      self._scratch.cleanup()
+
+  def _flush(self) -> None:
+    retry(self._writer.flush, self._folder)
+    if self._scratch:
+      for path in epath.Path(self._scratch.name).iterdir():
+        write_atomically(self._folder / path.name, path.read_bytes())
+
+
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """The epochs in a workdir's metrics.jsonl, in order; [] without the file.
 
   A last line that a kill has cut off is left out.
+
+  Raises:
+    WorkdirError: another line is damaged.
   """
   path = epath.Path(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
+  rows = []
   # Only a line that ends in a newline is complete.
-  return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+  for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    try:
+      row = json.loads(line)
+      rows.append({**row, "epoch": int(row["epoch"]), "step": int(row["step"])})
+    except (ValueError, TypeError, KeyError):
+      raise WorkdirError(
+        f"line {number} of {path} is damaged: move the file away to go on without the epochs in it"
+      ) from None
+  return rows
 
 
 def read_summary(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """The content of a finished run's summary.json; None if the run is not finished."""
+  """The content of a finished run's summary.json; None if the run is not finished.
+
+  A damaged file is as good as none: the run tests its best weights again, and writes it anew.
+  """
   path = epath.Path(workdir) / "summary.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    summary = json.loads(path.read_bytes())
+    return summary if set(SUMMARY_KEYS) <= set(summary) else None
+  except (ValueError, TypeError):
+    return None
 
 
 def format_epoch(row: Mapping[str, Any], epochs: int) -> str:
@@ -174,7 +220,9 @@ def format_epoch(row: Mapping[str, Any], epochs: int) -> str:
 
   def numbers(split: str) -> str:
     top1, top5 = 100 * row[f"{split}_accuracy"], 100 * row[f"{split}_top5"]
-    return f"{split:5} loss {row[f'{split}_loss']:.3f}  top-1 {top1:4.1f} %  top-5 {top5:4.1f} %"
+    return (
+      f"{split:5} loss {_number(row[f'{split}_loss'])}  top-1 {top1:4.1f} %  top-5 {top5:4.1f} %"
+    )
 
   speed = f"{row['images_per_second']:.0f} images/s"
   return (
@@ -183,15 +231,26 @@ def format_epoch(row: Mapping[str, Any], epochs: int) -> str:
   )
 
 
+def is_finished(summary: Mapping[str, Any] | None, epochs: int) -> bool:
+  """Whether a run with this summary, or without one, has nothing to do for so many epochs."""
+  return summary is not None and (summary["stopped_early"] or summary["epochs"] >= epochs)
+
+
 def format_summary(summary: Mapping[str, Any], workdir: str | os.PathLike) -> str:
   """Three lines for the terminal: the test metrics, and the paths of the rest."""
   top1, top5 = 100 * summary["test_accuracy"], 100 * summary["test_top5"]
+  instead = summary.get("test_split")
   return (
-    f"test     loss {summary['test_loss']:.3f}  top-1 {top1:.2f} %  top-5 {top5:.2f} %"
+    f"test     loss {_number(summary['test_loss'])}  top-1 {top1:.2f} %  top-5 {top5:.2f} %"
     f"  (best epoch: {summary['best_epoch']})\n"
-    f"curves   {os.path.join(workdir, 'curves.png')}\n"
+    + (f"         on {instead}, the validation images: there is no test split\n" if instead else "")
+    + f"curves   {os.path.join(workdir, 'curves.png')}\n"
     f"numbers  {os.path.join(workdir, 'metrics.jsonl')}, summary.json, tensorboard/"
   )
+
+
+def _number(value: float | None) -> str:
+  return "nan" if value is None else f"{value:.3f}"  # JSON has no NaN: it was written as null
 
 
 def _to_json(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ A workdir is a folder, or any other path that etils.epath supports: gs://BUCKET/
 
 import argparse
 import dataclasses
+import itertools
 import json
+import time
 from typing import Any
 
 import fsspec
@@ -16,6 +18,8 @@ from ml_collections import ConfigDict
 from configs import default
 from train.data.splits import DatasetInfo
 from train.errors import WorkdirError, first_line
+from train.run.lock import NAME as LOCK
+from train.run.storage import write_atomically
 
 # Knobs that change only where and how fast a run computes: another machine may resume it.
 _FREE_TO_DIFFER = (
@@ -34,6 +38,8 @@ _FREE_TO_DIFFER = (
   "steps_per_call",
 )
 
+_WRITTEN_FIRST = {LOCK, "dataset.json", "dataset.json.partial", "config.json.partial"}
+
 
 def from_flag(text: str) -> epath.Path:
   """Parses a workdir from the command line.
@@ -45,52 +51,128 @@ def from_flag(text: str) -> epath.Path:
   try:
     if separator:
       fsspec.get_filesystem_class(scheme)
-    return epath.Path(text)
+      return epath.Path(text)
+    return epath.Path(text).expanduser()  # a shell leaves the ~ in --workdir=~/run
   except ImportError as error:
     raise argparse.ArgumentTypeError(
       f'{text}: {first_line(error)} For gs://: pip install -c constraints.txt -e ".[gcs]"'
     ) from None
   except (KeyError, ValueError):
     raise argparse.ArgumentTypeError(f"{text}: {scheme}:// is unknown") from None
+  except RuntimeError as error:  # ~ without a home
+    raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
-def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo) -> None:
+def new(model: str, began: int) -> epath.Path:
+  """Creates runs/MODEL-TIME, or runs/MODEL-TIME-2 and so on if another run has just begun there.
+
+  Args:
+    began: seconds since 1970.
+  Raises:
+    WorkdirError: it can't be created here.
+  """
+  name = f"{model}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(began))}"
+  try:
+    for number in itertools.count(1):
+      folder = epath.Path("runs") / (name if number == 1 else f"{name}-{number}")
+      folder.parent.mkdir(exist_ok=True)
+      try:
+        folder.mkdir()
+        return folder
+      except FileExistsError:
+        continue
+  except OSError as error:
+    raise WorkdirError(f"{folder} can't be created: {error.strerror or error}") from None
+  raise AssertionError("unreachable")
+
+
+def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo, trained: int) -> None:
   """Claims `workdir` for this run: writes both files, or checks that they hold the same content.
 
-  An earlier run without a checkpoint is replaced.
+  Another number of epochs is no other run, and only changes config.json. An earlier run that has
+  left nothing of value, such as one that failed in its first epoch, is replaced. Call it inside
+  `lock.owned`.
 
+  Args:
+    trained: epochs that the run in the workdir has finished.
   Raises:
     WorkdirError: the folder belongs to a run with another config or dataset (the differences are
-      listed), or holds files but no config.json, or can't be written.
+      listed) or with more epochs, or holds files but no config.json, or can't be written.
   """
   run = {  # through JSON, which turns tuples into lists
-    "config.json": json.loads(config.to_json()),
     "dataset.json": json.loads(json.dumps(dataclasses.asdict(info))),
+    "config.json": json.loads(config.to_json()),  # last: it makes a folder a workdir
   }
   try:
-    if any((workdir / "checkpoints" / "last").glob("[0-9]*")):
-      differences = []
-      there = {"config.json": json.loads(read_config(workdir).to_json())}
-      there["dataset.json"] = _read(workdir / "dataset.json")
-      for name, content in run.items():
-        differences += _differences(_flat(there[name]), _flat(content))
-      if differences:
-        raise WorkdirError(
-          f"{workdir} holds a run with another config: choose another --workdir, or undo\n"
-          + "\n".join(f"  {line}" for line in differences)
-        )
-      return
+    found = set(_names(workdir))
+    if "config.json" not in found and found - _WRITTEN_FIRST:
+      raise WorkdirError(f"{workdir} holds files but no config.json: choose an empty --workdir")
+    if is_valuable := bool(_valuable(workdir)):
+      run = _require_same_run(workdir, run, trained)
     if jax.process_index():  # only the first process writes
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    # Buckets have no empty folders: even after mkdir the folder may not exist.
-    is_used = workdir.exists() and any(workdir.iterdir())
-    if is_used and not (workdir / "config.json").exists():
-      raise WorkdirError(f"{workdir} holds files but no config.json: choose an empty --workdir")
+    if not is_valuable:
+      _remove_first_state(workdir)
     for name, content in run.items():
       write_atomically(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
     raise WorkdirError(f"--workdir {workdir} can't be used: {error.strerror or error}") from None
+
+
+def require_state(workdir: epath.Path) -> None:
+  """Raises WorkdirError if a run has left results here, but no state to go on from."""
+  found = _valuable(workdir)
+  if found and "checkpoints/last" not in found:
+    raise WorkdirError(
+      f"{workdir} holds {' and '.join(found)} of this run, but no checkpoints/last to go on from: "
+      "choose another --workdir, or move them away"
+    )
+
+
+def _valuable(workdir: epath.Path) -> list[str]:
+  """What a run has left in a workdir that must not be lost, the most telling first."""
+  found = [
+    f"checkpoints/{name}"
+    for name in ("last", "best")
+    if any(step.isdigit() and step != "0" for step in _names(workdir / "checkpoints" / name))
+  ]
+  for name in ("summary.json", "metrics.jsonl"):
+    path = workdir / name
+    if path.exists() and path.read_bytes():
+      found.append(name)
+  return found
+
+
+def _remove_first_state(workdir: epath.Path) -> None:
+  """Removes the checkpoint from before the first step: the new run may begin from another."""
+  first = workdir / "checkpoints" / "last" / "0"
+  if first.exists():
+    first.rmtree()
+
+
+def _require_same_run(workdir: epath.Path, run: dict[str, Any], trained: int) -> dict[str, Any]:
+  """The files of `run` that must change: config.json if its number of epochs differs."""
+  there = {"config.json": json.loads(read_config(workdir).to_json())}
+  there["dataset.json"] = read(workdir / "dataset.json")
+  differences = []
+  for name, content in run.items():
+    differences += _differences(_flat(there[name]), _flat(content))
+  if any(not line.startswith("epochs:") for line in differences):
+    raise WorkdirError(
+      f"{workdir} holds a run with another config: choose another --workdir, or undo\n"
+      + "\n".join(f"  {line}" for line in differences)
+    )
+  epochs = run["config.json"]["epochs"]
+  if epochs < trained:
+    raise WorkdirError(f"{workdir} has trained {trained} epochs: config.epochs = {epochs} is less")
+  return {"config.json": there["config.json"] | {"epochs": epochs}} if differences else {}
+
+
+def _names(folder: epath.Path) -> list[str]:
+  """Names of what is in a folder; none if it does not exist. No glob: a path may hold brackets."""
+  # Buckets have no empty folders: even after mkdir a folder may not exist.
+  return [path.name for path in folder.iterdir()] if folder.exists() else []
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
@@ -100,7 +182,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     WorkdirError: the folder holds no run.
   """
   config = ConfigDict(default.get_config(), type_safe=False)
-  config.update(_read(workdir / "config.json"))
+  config.update(read(workdir / "config.json"))
   return config
 
 
@@ -110,7 +192,7 @@ def read_dataset(workdir: epath.Path) -> DatasetInfo:
   Raises:
     WorkdirError: the folder holds no run.
   """
-  fields = _read(workdir / "dataset.json")
+  fields = read(workdir / "dataset.json")
   for name in ("class_names", "image_shape"):
     fields[name] = tuple(fields[name])
   return DatasetInfo(**fields)
@@ -132,26 +214,18 @@ def _flat(tree: dict, prefix: str = "") -> dict:
   return flat
 
 
-def _read(path: epath.Path):
+def read(path: epath.Path) -> dict[str, Any]:
+  """A JSON object of a workdir.
+
+  Raises:
+    WorkdirError: it is missing or damaged.
+  """
   try:
-    return json.loads(path.read_text())
+    content = json.loads(path.read_text())
   except OSError:
     raise WorkdirError(f"{path} is missing: {path.parent} holds no run") from None
   except ValueError as error:
-    raise WorkdirError(f"{path} is damaged: {error}") from None
-
-
-def is_local(path: epath.Path) -> bool:
-  """Whether a path is in the local file system, not in a bucket."""
-  return "://" not in str(path)
-
-
-def write_atomically(path: epath.Path, content: str | bytes) -> None:
-  """Writes a file as a whole or, if the process is killed, not at all."""
-  if isinstance(content, str):
-    content = content.encode()
-  # Buckets write objects atomically, and moving one would copy it.
-  partial = path.with_name(path.name + ".partial") if is_local(path) else path
-  partial.write_bytes(content)
-  if partial != path:
-    partial.replace(path)
+    raise WorkdirError(f"{path} is damaged: {first_line(error)}") from None
+  if not isinstance(content, dict):
+    raise WorkdirError(f"{path} is damaged: it holds no JSON object.")
+  return content
