@@ -3,10 +3,11 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from train.errors import Interrupted, fail
+from train.errors import Interrupted
 
 # Ctrl-C; the end of a cluster job or of a preempted machine; SLURM's warning ahead of that; the end
 # of a terminal.
@@ -27,11 +28,12 @@ def interruptible() -> Iterator[None]:
       heard.append(signum)
       raise Interrupted(signum)
 
-  try:
-    with _handled(handler, hear=lambda signum: None):
+  with _handled(handler, hear=lambda signum: None):
+    try:
       yield
-  except Interrupted as interruption:
-    fail(f"stopped by {interruption}", interruption.exit_status)
+    except Interrupted as interruption:
+      print(f"error: stopped by {interruption}", file=sys.stderr, flush=True)
+      os._exit(interruption.exit_status)  # Python's own end takes long enough for another Ctrl-C
 
 
 class StopRequest:

@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import threading
-import time
 import traceback
 import zlib
 from collections.abc import Iterator, Sequence

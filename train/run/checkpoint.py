@@ -6,8 +6,11 @@ proves damaged when it is read is moved to workdir/checkpoints/damaged, and the 
 """
 
 import contextlib
+import os
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import orbax.checkpoint as ocp
@@ -45,6 +48,10 @@ class Checkpoints:
     if is_local(folder):
       folder = folder.absolute()  # orbax requires it
     self._folder = folder / "checkpoints"
+    if not read_only:
+      self._folder.mkdir(parents=True, exist_ok=True)
+    self._stack = contextlib.ExitStack()
+    directory = self._stack.enter_context(_plain_name(self._folder))
     self._read_only = read_only
     self._saved_at = time.monotonic()
     self._under_way: int | None = None  # the last state that is being saved in the background
@@ -56,7 +63,7 @@ class Checkpoints:
         read_only=read_only,
         cleanup_tmp_directories=not read_only,  # what a killed process left half-written
       )
-      return ocp.CheckpointManager(self._folder / name, options=options)
+      return ocp.CheckpointManager(directory / name, options=options)
 
     # Two of the best also because a run killed after saving new best weights, but before saving the
     # state, resumes from a state that still names the best epoch before.
@@ -66,7 +73,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
-    with contextlib.ExitStack() as stack, last_writes(error):
+    with self._stack, contextlib.ExitStack() as stack, last_writes(error):
       stack.callback(self._last.close)
       stack.callback(self._best.close)
       if failed := self._failure():
@@ -146,7 +153,7 @@ class Checkpoints:
     """Raises WorkdirError if the last state was saved by another version."""
     found = self.last_version()
     if found and found["state_version"] != TrainState.VERSION:
-      raise _other_version(self._last, found["checkpoint"], found)
+      raise _other_version(self._path(self._last, found["checkpoint"]), found)
 
   def restore_best(self, template: Weights, epoch: int | None = None) -> tuple[Weights, int] | None:
     """The weights saved as the best at `epoch` or, if these are missing or damaged, before it.
@@ -162,7 +169,7 @@ class Checkpoints:
     steps = [step for step in _newest_first(self._best) if epoch is None or step <= epoch]
     if steps and epoch not in (None, steps[0]):
       print(
-        f"The best weights, {self._best.directory / str(epoch)}, are missing: those of epoch "
+        f"The best weights, {self._path(self._best, epoch)}, are missing: those of epoch "
         f"{steps[0]} are used",
         file=sys.stderr,
         flush=True,
@@ -174,7 +181,7 @@ class Checkpoints:
       _begin(manager, tree, step)
       manager.wait_until_finished()
 
-    retry(write, manager.directory / str(step))
+    retry(write, self._path(manager, step))
 
   def _failure(self) -> str:
     """Waits for the save in the background; why it failed, or ""."""
@@ -184,7 +191,7 @@ class Checkpoints:
     try:
       self._last.wait_until_finished()
     except Exception as error:  # of any type, from orbax's threads
-      return f"{self._last.directory / str(step)} can't be written: {reason(error)}"
+      return f"{self._path(self._last, step)} can't be written: {reason(error)}"
     return ""
 
   def _restore(self, manager: ocp.CheckpointManager, template, steps: list[int]):
@@ -192,6 +199,11 @@ class Checkpoints:
     for step in steps:
       tree, problem = None, ""
       try:
+        found = _metadata(manager, step)
+        version = found["state_version"]
+        # Weights of earlier versions have the same form.
+        if version > TrainState.VERSION or version < TrainState.VERSION and manager is self._last:
+          raise _other_version(self._path(manager, step), found)
         tree = _read(manager, template, step)
       except WorkdirError:
         raise
@@ -199,7 +211,7 @@ class Checkpoints:
         problem = reason(error)
       if not (problem := next(filter(None, hosts.gather(problem)), "")):
         return tree, step
-      message = f"the checkpoint {manager.directory / str(step)} can't be read: {problem}"
+      message = f"the checkpoint {self._path(manager, step)} can't be read: {problem}"
       if step == steps[-1]:
         raise WorkdirError(message)
       print(f"{message}; the one before it is used", file=sys.stderr, flush=True)
@@ -207,15 +219,32 @@ class Checkpoints:
         self._set_aside(manager, step)
     return None
 
+  def _path(self, manager: ocp.CheckpointManager, step: int) -> epath.Path:
+    """Where a checkpoint is, as the user knows it."""
+    return self._folder / manager.directory.name / str(step)
+
   def _set_aside(self, manager: ocp.CheckpointManager, step: int) -> None:
     """Moves a damaged checkpoint away, so that its step can be saved again."""
     with hosts.first_goes_first():
-      source = manager.directory / str(step)
+      source = self._path(manager, step)
       if source.exists():
         folder = self._folder / "damaged"
         folder.mkdir(exist_ok=True)
         source.rename(folder / f"{manager.directory.name}-{step}-{time.time_ns()}")
     manager.reload()
+
+
+@contextlib.contextmanager
+def _plain_name(folder: epath.Path) -> Iterator[epath.Path]:
+  """Another name for a folder whose own orbax takes for a pattern, or can't encode."""
+  name = os.fspath(folder)
+  if not is_local(folder) or (name.isprintable() and not set(name) & set("[]*?\\")):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory(prefix="mlp_models-") as place:
+    link = epath.Path(place) / "checkpoints"
+    os.symlink(folder, link)
+    yield link
 
 
 def _newest_first(manager: ocp.CheckpointManager) -> list[int]:
@@ -227,20 +256,14 @@ def _begin(manager: ocp.CheckpointManager, tree, step: int) -> None:
   metadata = _VERSION | {"checksum": checksum(tree)}
   arguments = ocp.args.StandardSave(tree)
   if not manager.save(step, args=arguments, custom_metadata=metadata, force=True):
-    raise StorageError(f"orbax declines to save {manager.directory / str(step)}")
+    raise StorageError("orbax declines to save it")
 
 
 def _read(manager: ocp.CheckpointManager, template, step: int):
   """A checkpoint on the devices of `template`, which may not be those that saved."""
-  metadata = _metadata(manager, step)
-  version = metadata["state_version"]
-  # Weights of earlier versions have the same form.
-  if version > TrainState.VERSION or (
-    version < TrainState.VERSION and manager.directory.name == "last"
-  ):
-    raise _other_version(manager, step, metadata)
   tree = manager.restore(step, args=ocp.args.StandardRestore(template))
-  if checksum(tree) != metadata.get("checksum", checksum(tree)):
+  found = checksum(tree)
+  if found != _metadata(manager, step).get("checksum", found):
     raise ValueError("its checksum is another: the disk has changed it")
   return tree
 
@@ -253,9 +276,9 @@ def _metadata(manager: ocp.CheckpointManager, step: int) -> dict:
   return _BEFORE_VERSIONS | (metadata.custom_metadata or {})
 
 
-def _other_version(manager: ocp.CheckpointManager, step: int, found: dict) -> WorkdirError:
+def _other_version(path: epath.Path, found: dict) -> WorkdirError:
   return WorkdirError(
-    f"the checkpoint {manager.directory / str(step)} was saved by {found['saved_by']} (state "
+    f"the checkpoint {path} was saved by {found['saved_by']} (state "
     f"version {found['state_version']}), which reads it; this is {_VERSION['saved_by']} (version "
     f"{TrainState.VERSION}): use that version, or choose another --workdir"
   )
