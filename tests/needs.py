@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,13 @@ def _cifar100_dir() -> Path | None:
   return folder if (folder / "cifar100" / "3.0.2").is_dir() else None
 
 
+def _can_mount() -> bool:
+  if not shutil.which("unshare"):
+    return False
+  command = ("unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt")
+  return subprocess.run(command, capture_output=True).returncode == 0
+
+
 CIFAR100_DIR = _cifar100_dir()  # TFDS's folder with CIFAR-100 prepared; None: not found
 
 NEEDS = {
@@ -40,5 +48,6 @@ NEEDS = {
   "linux": Need(
     bool(shutil.which("flock") and shutil.which("setsid")), "Linux's flock and setsid are missing"
   ),
+  "mounts": Need(_can_mount(), "this user may mount no small disk (unshare -rm)"),
   "glibc": Need(platform.libc_ver()[0] == "glibc", "the C library is not glibc"),
 }

@@ -210,7 +210,9 @@ def test_more_epochs_go_on_and_equal_as_many_at_once(finished_run, smoke_config,
     train_and_evaluate(smoke_config(epochs=2), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a[b]*?{c} d", "é ü 汉字", "back\\slash~%#", os.fsdecode(b"\xff")])
+@pytest.mark.parametrize(
+  "name", ["a[b]*?{c} d", "é ü 汉字", "back\\slash~%#", os.fsdecode(b"\xff")]
+)
 def test_a_workdir_may_have_any_name(name, smoke_config, tmp_path):
   folder = tmp_path / name / "run [1]"
   train_and_evaluate(smoke_config(epochs=1), folder)
