@@ -48,6 +48,7 @@ def check_config(config: ConfigDict) -> None:
   require(config.plateau.min_delta > 0, "plateau.min_delta", "more than 0")
   require(config.early_stop_patience >= 0, "early_stop_patience", "at least 0 (0: never stop)")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
+  require(config.nonfinite in ("stop", "skip"), "nonfinite", "stop or skip")
   try:
     mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
   except (TypeError, ValueError) as error:

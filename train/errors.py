@@ -28,6 +28,8 @@ class Disagreement(ValueError):
 class TrainingFailed(Exception):
   """Training can't continue. The message says why, and what to change."""
 
+  exit_status = 70  # its own, so that a script can tell a run that diverged (sysexits: EX_SOFTWARE)
+
 
 class Interrupted(Exception):
   """A signal has asked the run to stop."""

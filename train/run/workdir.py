@@ -17,7 +17,8 @@ from configs import default
 from train.data.splits import DatasetInfo
 from train.errors import WorkdirError, first_line
 
-# Knobs that change only where and how fast a run computes: another machine may resume it.
+# Knobs that change no finite number of a run, only where and how fast it computes: another machine
+# may resume it.
 _FREE_TO_DIFFER = (
   "checkpoint_seconds",
   "compilation_cache",
@@ -30,6 +31,7 @@ _FREE_TO_DIFFER = (
   "mesh.data",
   "mesh.fsdp",
   "microbatch",
+  "nonfinite",  # a run that stopped may go on and skip
   "remat",
   "steps_per_call",
 )
