@@ -31,8 +31,9 @@ _OUT_OF_MEMORY = """out of memory. Three knobs help:
 
 
 def main() -> None:
-  """Exit status: 0 finished, 1 failed, 2 wrong flags, 75 another process was lost; 130 saved and
-  stopped by SIGINT (Ctrl-C), 138 by SIGUSR1, 143 by SIGTERM."""
+  """Exit status: 0 finished, 1 failed, 2 wrong flags, 70 a loss or gradient was not finite, 75
+  another process was lost; 130 saved and stopped by SIGINT (Ctrl-C), 138 by SIGUSR1, 143 by
+  SIGTERM."""
   parser = argparse.ArgumentParser(prog="python -m train.main", allow_abbrev=False)
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
   parser.add_argument(
@@ -69,8 +70,10 @@ def _run(config: ConfigDict, folder: epath.Path | None) -> None:
     fail("stopped by SIGINT", 130)
   except ConfigError as error:
     fail(error, 2)
-  except (DataError, WorkdirError, TrainingFailed, Disagreement) as error:
+  except (DataError, WorkdirError, Disagreement) as error:
     fail(error, 1)
+  except TrainingFailed as error:
+    fail(error, error.exit_status)
   except OSError as error:  # a full disk, a read-only folder
     fail(f"{error.filename or folder}: {error.strerror or error}", 1)
   except jax.errors.JaxRuntimeError as error:
