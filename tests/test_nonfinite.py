@@ -47,12 +47,14 @@ def small_config(nonfinite: str = "stop"):
   return config
 
 
-def poison(monkeypatch, kind: str, step: int, place: int = 5) -> None:
-  """Makes the loss or a gradient of the image at `place` wrong at `step`."""
+def poison(monkeypatch, kind: str, step: int, image=None) -> None:
+  """Makes the loss or a gradient of the image at place 5 wrong at `step`; only of this image."""
 
   def poisoned(params, examples, positions, *, state, **named):
     value, sums = loss(params, examples, positions, state=state, **named)
-    bad = (state.step == step) & (positions == place).any()
+    bad = (state.step == step) & (positions == 5).any()
+    if image is not None:
+      bad &= (examples["image"] == image).all((1, 2, 3)).any()
     bias = params["head"]["bias"].sum()
     if kind == "loss inf":  # its gradients are finite
       return value, sums.replace(loss=sums.loss + jnp.where(bad, jnp.inf, 0.0))
@@ -114,7 +116,8 @@ def test_the_state_stays_as_before_the_step(kind, mesh, steps_per_call, monkeypa
   config, mesh = small_config(), mesh_of(*mesh)
   config.steps_per_call = steps_per_call
   batches = [noise_batch(i) for i in range(10)]
-  poison(monkeypatch, kind, step=3)
+  # The batches after it would be finite at its step, which the state stays at.
+  poison(monkeypatch, kind, step=3, image=batches[3]["image"][5])
   _, state, error = run_steps(config, mesh, batches, tmp_path)
   config.steps_per_call = 1
   monkeypatch.setattr("train.step.loss", loss)
