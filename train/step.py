@@ -153,10 +153,10 @@ def train_step(
   """
   gradients = make_gradients(state, model, augmentation)
   template = (state.params, state.sums)
-  grads, sums, overflows = sum_over_batch(
-    gradients, template, state.params, batch, microbatch, mesh, on_device=_count_overflow
+  grads, sums = sum_over_batch(
+    gradients, template, state.params, batch, microbatch, mesh, on_device=_mark_overflow
   )
-  update = jnp.isfinite(sums.loss) & (overflows == 0) & ~state.stopped
+  update = jnp.isfinite(sums.loss) & ~state.stopped
   grads = jax.tree.map(lambda g: g / sums.count, grads)
   updates, opt_state = optimizer.update(
     grads, state.opt_state, state.params, learning_rate_scale=state.plateau.scale
@@ -188,9 +188,10 @@ def overflow(gradients: dict) -> Array:
   return ~jnp.stack([jnp.all(jnp.abs(x) < _LARGEST_GRADIENT) for x in leaves]).all()
 
 
-def _count_overflow(total: tuple[dict, Sums]) -> tuple[dict, Sums, Array]:
-  # float32, like the sums, so that it travels with them.
-  return *total, overflow(total[0]).astype(jnp.float32)
+def _mark_overflow(total: tuple[dict, Sums]) -> tuple[dict, Sums]:
+  """Makes the loss NaN if a gradient overflows: so all devices learn it from the sum of losses."""
+  grads, sums = total
+  return grads, sums.replace(loss=jnp.where(overflow(grads), jnp.nan, sums.loss))
 
 
 def loss(

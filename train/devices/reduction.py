@@ -29,7 +29,8 @@ def sum_over_batch(
     template: a tree of arrays with the shapes and dtypes of `function`'s result.
     params: sharded by `mesh.state_shardings`; each device gathers all of them.
     microbatch: examples per call of `function`; divides each device's part of the batch.
-    on_device: applied to each device's sums, before they are summed over the devices.
+    on_device: applied to each device's sums, before they are summed over the devices; keeps
+      shapes and dtypes.
   Returns:
     The sums, sharded by `mesh.state_shardings`: each device keeps the part that it will update.
   """
@@ -57,7 +58,7 @@ def sum_over_batch(
     on_each_device,
     mesh=mesh,
     in_specs=(PartitionSpec(), PartitionSpec(BATCH)),
-    out_specs=state_specs(jax.eval_shape(on_device, template), mesh),
+    out_specs=state_specs(template, mesh),
   )(params, batch)
 
 
