@@ -56,6 +56,10 @@ def get_config() -> ConfigDict:
   # Epochs without a new best after which training stops; 0: train all epochs.
   config.early_stop_patience = 10
 
+  # If a loss or gradient is NaN or infinite: "stop" ends the run before that update and says where
+  # it began; "skip" leaves the update out, counts it and goes on.
+  config.nonfinite = "stop"
+
   config.checkpoint_seconds = 300.0  # between checkpoints in an epoch; every epoch ends with one
   return config
 

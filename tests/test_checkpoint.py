@@ -67,7 +67,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(
   assert f"was saved by mlp_models {by} (state version {number}), which reads it" in str(
     error.value
   )
-  assert f"this is mlp_models {mlp_models.__version__} (version 1)" in str(error.value)
+  assert f"this is mlp_models {mlp_models.__version__} (version 2)" in str(error.value)
   assert "\n" not in str(error.value)
   assert {path: path.read_bytes() for path in before} == before
 

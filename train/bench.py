@@ -31,9 +31,10 @@ from train import augment, check, data, flags
 from train.cost import flops_per_image, matmul_peak
 from train.devices.compile import compiler_options, start_jax
 from train.devices.machine import peak_memory, process_age
+from train.devices.reduction import sum_over_batch
 from train.errors import ConfigError, DataError, fail
 from train.state import count_parameters, make_model
-from train.step import evaluate, loss, make_eval_step, sum_over_batch
+from train.step import evaluate, loss, make_eval_step
 from train.sweep import sweep_and_draw, tune
 from train.timing import Training, prepare, time_steps
 

@@ -1,7 +1,5 @@
 """Refuses impossible configs in one line, before anything costly starts."""
 
-import math
-
 from ml_collections import ConfigDict
 
 import mlp_models
@@ -37,7 +35,9 @@ def check_config(config: ConfigDict) -> None:
   require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
   require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
   require(
-    0 < config.optimizer.learning_rate < math.inf, "optimizer.learning_rate", "a number above 0"
+    0 < config.optimizer.learning_rate < 2.0**128,  # a float32
+    "optimizer.learning_rate",
+    "a number above 0, less than 3.4e38",
   )
   require(0 <= config.optimizer.weight_decay < 1, "optimizer.weight_decay", "from 0 to below 1")
   require(0 <= config.optimizer.b1 < 1, "optimizer.b1", "at least 0 and less than 1")
@@ -48,6 +48,7 @@ def check_config(config: ConfigDict) -> None:
   require(config.plateau.min_delta > 0, "plateau.min_delta", "more than 0")
   require(config.early_stop_patience >= 0, "early_stop_patience", "at least 0 (0: never stop)")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
+  require(config.nonfinite in ("stop", "skip"), "nonfinite", "stop or skip")
   try:
     mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
   except (TypeError, ValueError) as error:

@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -21,6 +21,7 @@ from train.devices import hosts
 from train.devices.mesh import make_mesh, microbatch_size, replicated
 from train.errors import Interrupted, SavedAndStopped, TrainingFailed, WorkdirError
 from train.interrupt import StopRequest
+from train.nonfinite import Guard
 from train.run import lock, metrics, workdir
 from train.run.checkpoint import Checkpoints
 from train.run.header import format_header
@@ -55,7 +56,7 @@ def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[st
     Disagreement: the processes of the run differ in config, dataset or workdir.
     SavedAndStopped: a signal asked the run to stop; its state is saved.
     StorageError: results can't be written.
-    TrainingFailed: the loss is NaN or infinite.
+    TrainingFailed: a loss, gradient or parameter is NaN or infinite; nonfinite.json says where.
   """
   folder = epath.Path(folder)
   mesh = make_mesh(**config.mesh)
@@ -85,6 +86,7 @@ class Run(NamedTuple):
   template: TrainState  # shapes, dtypes and shardings of the state
   checkpoints: Checkpoints
   watch: "Watch"
+  guard: Guard
   writer: metrics.Writer
   progress: Progress
 
@@ -97,10 +99,15 @@ class Watch:
     self._seconds = config.checkpoint_seconds
     self._agree = hosts.Agreement(mesh)
 
-  def __call__(self, state: TrainState) -> None:
-    """Saves the state if it is due; after a signal, saves it and raises SavedAndStopped."""
+  def __call__(self, state: TrainState, look: Callable[[], None] = lambda: None) -> None:
+    """Saves the state if it is due; after a signal, saves it and raises SavedAndStopped.
+
+    Args:
+      look: called before the state is saved; raises if it must not be.
+    """
     late = self._checkpoints.seconds_since_last > self._seconds
     if decision := self._agree(self._stop.signum or (_SAVE if late else 0)):
+      look()
       self.save(state, wait=decision > _SAVE)
     if decision > _SAVE:
       raise SavedAndStopped(decision)
@@ -178,6 +185,7 @@ def open_run(
     template=template,
     checkpoints=checkpoints,
     watch=Watch(stop, checkpoints, config, mesh),
+    guard=Guard(config, make_model(config, info.num_classes), dataset, microbatch, mesh, folder),
     writer=stack.enter_context(metrics.Writer(folder, int(state.epoch), title)),
     progress=stack.enter_context(Progress(steps, int(state.step), config.batch_size)),
   )
@@ -208,6 +216,7 @@ def train(run: Run, state: TrainState) -> TrainState:
       seen = len(images) - (steps_per_epoch - steps_left) * config.batch_size
 
       metrics_of["val"] = _evaluate(run, state, state.weights(), "validation")
+      run.guard.look_at_validation(state, metrics_of["val"]["loss"])
       run.progress.skip_pause()
       row = {
         "epoch": epoch,
@@ -219,8 +228,12 @@ def train(run: Run, state: TrainState) -> TrainState:
       }
       run.writer.epoch(row)
       run.progress.write(metrics.format_epoch(row, config.epochs))
+      if skipped := int(state.skipped):
+        run.progress.write(f"updates skipped so far, because they were not finite: {skipped}")
 
-      state = finish_epoch(state, row["val_loss"], row[config.best_metric])
+      # Where some images' loss is no number, the accuracy of the others makes no best epoch.
+      value = row[config.best_metric] if math.isfinite(row["val_loss"]) else math.nan
+      state = finish_epoch(state, row["val_loss"], value)
       if int(state.best.epoch) == epoch:
         run.checkpoints.save_best(state)
       run.watch.save(state)
@@ -230,6 +243,11 @@ def train(run: Run, state: TrainState) -> TrainState:
 def test(run: Run, state: TrainState) -> dict[str, Any]:
   """Evaluates the weights of the best epoch on the test images, and writes summary.json."""
   best_epoch = int(state.best.epoch)
+  if not best_epoch:
+    raise TrainingFailed(
+      "no epoch has a finite validation loss: no weights to test. Try a smaller "
+      "--config.optimizer.learning_rate, in another --workdir"
+    )
   run.progress.write(f"Testing the weights of epoch {best_epoch}.")
   restored = run.checkpoints.restore_best(run.template.weights(), best_epoch)
   if restored is None:  # saved before the state that names its epoch, so it was removed
@@ -254,21 +272,13 @@ def _train_epoch(run: Run, state: TrainState, calls: Iterable[dict]) -> TrainSta
   for batches in calls:
     state, sums = run.step(state, batches)
     if before is not None:  # at most one call waits, so that a signal takes effect soon
-      _require_finite(before)
-    before = sums.loss
+      run.guard.look_at_losses(state, *before)
+    before = batches, sums.loss
     run.progress.update(len(batches["label"]))
-    run.watch(state)
+    run.watch(state, functools.partial(run.guard.look_at_state, state, *before))
   if before is not None:
-    _require_finite(before)
+    run.guard.look_at_state(state, *before)
   return state
-
-
-def _require_finite(losses: jax.Array) -> None:
-  if not np.isfinite(losses).all():
-    raise TrainingFailed(
-      "the loss is no longer a number: training diverged. Try a smaller "
-      "--config.optimizer.learning_rate, in another --workdir."
-    )
 
 
 def _evaluate(run: Run, state: TrainState, weights: Weights, split: str) -> dict[str, float]:

@@ -32,9 +32,9 @@ _OUT_OF_MEMORY = """out of memory. Three knobs help:
 
 
 def main() -> None:
-  """Exit status: 0 finished, 1 failed, 2 wrong flags; 70 the loss is no longer a number; 75 another
-  process was lost, or results can't be written now; 129 stopped by SIGHUP, 130 by SIGINT (Ctrl-C),
-  138 by SIGUSR1, 143 by SIGTERM."""
+  """Exit status: 0 finished, 1 failed, 2 wrong flags; 70 a loss or gradient was not finite; 75
+  another process was lost, or results can't be written now; 129 stopped by SIGHUP, 130 by SIGINT
+  (Ctrl-C), 138 by SIGUSR1, 143 by SIGTERM."""
   parser = argparse.ArgumentParser(prog="python -m train.main", allow_abbrev=False)
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
   parser.add_argument(

@@ -1,6 +1,7 @@
 """TrainState, all that a checkpoint saves, and how it is initialised."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -34,8 +35,12 @@ class Sums(struct.PyTreeNode):
     return cls(**{name: jnp.zeros((), jnp.float32) for name in cls.__dataclass_fields__})
 
   def means(self) -> dict[str, float]:
-    """`loss`, `accuracy` and `top5`, the last two as fractions, as Python floats."""
+    """`loss`, `accuracy` and `top5`, the last two as fractions, as Python floats.
+
+    NaN if no example was counted, as in an epoch whose updates were all skipped.
+    """
     loss, correct, top5, count = (float(x) for x in jax.device_get(jax.tree.leaves(self)))
+    count = count or math.nan
     return {"loss": loss / count, "accuracy": correct / count, "top5": top5 / count}
 
 
@@ -51,10 +56,10 @@ class TrainState(struct.PyTreeNode):
   """A run at some step. The rest of the run is a pure function of this and of the config.
 
   VERSION goes up when the fields change, or how a step uses them: checkpoints of another version
-  are refused. mlp_models 0.2 writes 1; 0.1 wrote none.
+  are refused. mlp_models 0.3 writes 2, 0.2 wrote 1, 0.1 none.
   """
 
-  VERSION: ClassVar[int] = 1
+  VERSION: ClassVar[int] = 2
   step: Array  # int32 []: updates done
   epoch: Array  # int32 []: epochs finished, their evaluation included
   params: dict
@@ -64,6 +69,8 @@ class TrainState(struct.PyTreeNode):
   sums: Sums  # over the training examples of the epoch under way
   mean: Array  # float32 [channels], of the training images, in pixel units
   variance: Array  # float32 [channels]
+  skipped: Array  # int32 []: steps without an update because loss or gradients were not finite
+  stopped: Array  # bool []: the next step is not finite; from there on nothing changes any more
   seed: Array  # uint32 []: not a PRNG key, which would tie the checkpoint to JAX's key type
 
   def weights(self) -> Weights:
@@ -116,6 +123,8 @@ def init_state(
     sums=Sums.zero(),
     mean=jnp.asarray(mean),
     variance=jnp.asarray(variance),
+    skipped=jnp.zeros((), jnp.int32),
+    stopped=jnp.zeros((), jnp.bool),
     seed=jnp.asarray(config.seed, jnp.uint32),
   )
 

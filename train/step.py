@@ -8,29 +8,20 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train import augment
 from train.data.batches import eval_batches, num_batches
 from train.data.splits import AnySplit, DatasetInfo
 from train.devices.compile import compiler_options, in_background
-from train.devices.mesh import (
-  BATCH,
-  DATA,
-  FSDP,
-  abstract,
-  by_example,
-  sharded_axis,
-  state_shardings,
-  state_specs,
-)
+from train.devices.mesh import abstract, by_example, state_shardings
+from train.devices.reduction import sum_over_batch
 from train.optimizer import make_optimizer
 from train.state import (
   Sums,
@@ -43,6 +34,8 @@ from train.state import (
 )
 
 Array = jax.Array
+# Larger gradients count as infinite: Adam averages their squares, which would overflow.
+_LARGEST_GRADIENT = 2.0**63
 Batch = dict[str, Array]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
 
 
@@ -59,6 +52,7 @@ def make_train_step(
     model=make_model(config, num_classes),
     optimizer=make_optimizer(config.optimizer),
     augmentation=config.augment.to_dict(),
+    skip_nonfinite=config.nonfinite == "skip",
     microbatch=microbatch,
     mesh=mesh,
   )
@@ -137,6 +131,7 @@ def train_step(
   model: nn.Module,
   optimizer: optax.GradientTransformationExtraArgs,
   augmentation: dict,
+  skip_nonfinite: bool,
   microbatch: int,
   mesh: Mesh,
 ) -> tuple[TrainState, Sums]:
@@ -145,29 +140,58 @@ def train_step(
   Every random draw depends only on (seed, step, position in the global batch): the number of
   devices and the microbatch do not change an image's augmentation or dropout masks.
 
+  If the loss or a gradient is not finite, the weights stay as they are. With `skip_nonfinite` the
+  step counts as skipped; otherwise the state stops: neither this step nor a later one changes it.
+
   Args:
     batch: the global batch; examples whose mask is False are ignored.
     augmentation: flip, zoom and rotation of `augment.augment`.
     microbatch: images that a device computes at a time; divides its part of the batch.
   Returns:
-    The next state, and the sums over this batch, taken before the update.
+    The next state, and the sums over this batch, taken before the update; their loss is NaN if no
+    update was made.
   """
-  gradients = jax.grad(
-    functools.partial(loss, state=state, model=model, augmentation=augmentation), has_aux=True
-  )
+  gradients = make_gradients(state, model, augmentation)
   template = (state.params, state.sums)
-  grads, sums = sum_over_batch(gradients, template, state.params, batch, microbatch, mesh)
+  grads, sums = sum_over_batch(
+    gradients, template, state.params, batch, microbatch, mesh, on_device=_mark_overflow
+  )
+  update = jnp.isfinite(sums.loss) & ~state.stopped
   grads = jax.tree.map(lambda g: g / sums.count, grads)
   updates, opt_state = optimizer.update(
     grads, state.opt_state, state.params, learning_rate_scale=state.plateau.scale
   )
-  state = state.replace(
+  updated = state.replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
     sums=jax.tree.map(jnp.add, state.sums, sums),
   )
+  if skip_nonfinite:
+    kept = state.replace(step=state.step + 1, skipped=state.skipped + 1)
+  else:
+    kept = state.replace(stopped=jnp.ones_like(state.stopped))
+  state = jax.tree.map(functools.partial(jnp.where, update), updated, kept)
+  sums = sums.replace(loss=jnp.where(update, sums.loss, jnp.nan))
   return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh)), sums
+
+
+def make_gradients(state: TrainState, model: nn.Module, augmentation: dict) -> Callable:
+  """Makes (params, examples, positions) -> (gradients of `loss` at the state's step, Sums)."""
+  at_step = functools.partial(loss, state=state, model=model, augmentation=augmentation)
+  return jax.grad(at_step, has_aux=True)
+
+
+def overflow(gradients: dict) -> Array:
+  """Whether a gradient is NaN, infinite, or so large that its square is (bool [])."""
+  leaves = jax.tree.leaves(gradients)
+  return ~jnp.stack([jnp.all(jnp.abs(x) < _LARGEST_GRADIENT) for x in leaves]).all()
+
+
+def _mark_overflow(total: tuple[dict, Sums]) -> tuple[dict, Sums]:
+  """Makes the loss NaN if a gradient overflows: so all devices learn it from the sum of losses."""
+  grads, sums = total
+  return grads, sums.replace(loss=jnp.where(overflow(grads), jnp.nan, sums.loss))
 
 
 def loss(
@@ -215,16 +239,18 @@ def eval_step(
 
   def forward(params, examples: Batch, positions: Array):
     del positions
-    images = augment.preprocess(
-      examples["image"],
-      mean=weights.mean,
-      variance=weights.variance,
-      image_size=model.image_size,
-    )
-    logits = apply_model(model, params, images)
+    logits = eval_logits(model, weights.replace(params=params), examples["image"])
     return sum_metrics(logits, examples["label"], examples["mask"])
 
   return sum_over_batch(forward, Sums.zero(), weights.params, batch, microbatch, mesh)
+
+
+def eval_logits(model: nn.Module, weights: Weights, images: Array) -> Array:
+  """Logits (float32 [B, C]) of images (uint8 [B, H, W, channels]), without augmentation."""
+  images = augment.preprocess(
+    images, mean=weights.mean, variance=weights.variance, image_size=model.image_size
+  )
+  return apply_model(model, weights.params, images)
 
 
 def evaluate(
@@ -264,60 +290,3 @@ def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
   better = (~(logits <= label_logits) | ties_before).sum(axis=1)  # NaN is better: never a hit
   total = functools.partial(jnp.sum, where=mask, dtype=jnp.float32)
   return Sums(total(losses), total(better < 1), total(better < 5), total(mask))
-
-
-def sum_over_batch(
-  function: Callable, template: Any, params: dict, batch: Batch, microbatch: int, mesh: Mesh
-) -> Any:
-  """Sums `function(params, examples, positions)` over microbatches, then once over the devices.
-
-  Args:
-    function: returns a tree of arrays; `examples` are rows of the batch, `positions` int32 [B]
-      their indices in it.
-    template: a tree of arrays with the shapes and dtypes of `function`'s result.
-    params: sharded by `mesh.state_shardings`; each device gathers all of them.
-    microbatch: examples per call of `function`; divides each device's part of the batch.
-  Returns:
-    The sums, sharded by `mesh.state_shardings`: each device keeps the part that it will update.
-  """
-
-  def on_each_device(params, batch):
-    # Otherwise JAX sums the gradient of replicated params over the devices in every microbatch;
-    # params that vary by device leave that to `_sum_over_devices`.
-    params = jax.lax.pcast(params, BATCH, to="varying")
-    local_batch = len(batch["label"])
-    positions = jax.lax.axis_index(BATCH) * local_batch + jnp.arange(local_batch)
-    parts = jax.tree.map(
-      lambda x: x.reshape(local_batch // microbatch, microbatch, *x.shape[1:]), (batch, positions)
-    )
-
-    def add(total, part):
-      return jax.tree.map(jnp.add, total, function(params, *part)), None
-
-    zeros = jax.tree.map(
-      lambda x: jax.lax.pcast(jnp.zeros(x.shape, x.dtype), BATCH, to="varying"), template
-    )
-    total, _ = jax.lax.scan(add, zeros, parts)
-    return _sum_over_devices(total, mesh)
-
-  return jax.shard_map(
-    on_each_device,
-    mesh=mesh,
-    in_specs=(PartitionSpec(), PartitionSpec(BATCH)),
-    out_specs=state_specs(template, mesh),
-  )(params, batch)
-
-
-def _sum_over_devices(tree: Any, mesh: Mesh) -> Any:
-  """Sums over the devices; of an array sharded over "fsdp" each device gets its own part."""
-  leaves, structure = jax.tree.flatten(tree)
-  axes = [sharded_axis(x.shape, mesh) for x in leaves]
-  whole = jax.lax.psum([x for x, axis in zip(leaves, axes, strict=True) if axis is None], BATCH)
-  parts = [
-    jax.lax.psum_scatter(x, FSDP, scatter_dimension=axis, tiled=True)
-    for x, axis in zip(leaves, axes, strict=True)
-    if axis is not None
-  ]
-  parts = jax.lax.psum(parts, DATA)
-  whole, parts = iter(whole), iter(parts)
-  return jax.tree.unflatten(structure, [next(whole if axis is None else parts) for axis in axes])

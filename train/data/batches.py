@@ -46,6 +46,21 @@ def _order(size: int, seed: int | None, epoch: int) -> np.ndarray:
   return np.random.RandomState([seed, epoch + 1]).permutation(size)
 
 
+def image_numbers(
+  size: int, batch_size: int, seed: int | None, number: int, rows: np.ndarray
+) -> np.ndarray:
+  """Places in the split (int [rows]) of the images in rows of a batch; -1 for padding.
+
+  Args:
+    size: images in the split.
+    number: of the batch, counted over all epochs.
+  """
+  epoch, number = divmod(number, num_batches(size, batch_size))
+  places = number * batch_size + rows
+  mask = places < size
+  return np.where(mask, _order(size, seed, epoch)[places * mask], -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Batches:
   """Batches by number: a data source for Grain."""
@@ -60,11 +75,9 @@ class _Batches:
     return len(self.numbers)
 
   def __getitem__(self, index: int) -> Batch:
-    size = len(self.split)
-    epoch, number = divmod(self.numbers[index], num_batches(size, self.batch_size))
-    places = number * self.batch_size + self.rows
-    mask = places < size
-    images = np.where(mask, _order(size, self.seed, epoch)[places * mask], 0)
+    number = self.numbers[index]
+    images = image_numbers(len(self.split), self.batch_size, self.seed, number, self.rows)
+    mask, images = images >= 0, np.maximum(images, 0)
     image, label = self.split[images]
     return {"image": image, "label": label, "mask": mask}
 

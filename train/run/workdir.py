@@ -21,7 +21,8 @@ from train.errors import WorkdirError, first_line
 from train.run.lock import NAME as LOCK
 from train.run.storage import write_atomically
 
-# Knobs that change only where and how fast a run computes: another machine may resume it.
+# Knobs that change no finite number of a run, only where and how fast it computes: another machine
+# may resume it.
 _FREE_TO_DIFFER = (
   "checkpoint_seconds",
   "compilation_cache",
@@ -34,6 +35,7 @@ _FREE_TO_DIFFER = (
   "mesh.data",
   "mesh.fsdp",
   "microbatch",
+  "nonfinite",  # a run that stopped may go on and skip
   "remat",
   "steps_per_call",
 )
