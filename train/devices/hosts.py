@@ -24,8 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from train.devices.mesh import by_example
-from train.errors import Disagreement, Interrupted, fail
+from train.devices.mesh import by_example, find_devices
+from train.errors import ConfigError, Disagreement, Interrupted, fail, first_line
 
 LOST = 75  # exit status if another process is missing or lost: EX_TEMPFAIL of sysexits.h
 _HOURS_TO_WAIT = 24  # while another process prepares a dataset
@@ -56,13 +56,15 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
   """
   try:
     _connect(arguments.coordinator, arguments.process_id, arguments.processes)
-  except (ValueError, RuntimeError) as error:
-    fail(f"the processes of this run could not connect: {str(error).splitlines()[0]}", 1)
+  except Exception as error:  # each way to detect a cluster has its own
+    fail(f"the processes of this run could not connect: {first_line(error)}", 1)
   if not jax.distributed.is_initialized():
+    _require_devices()
     yield
     return
   try:
     _keep_stdout_for_the_first()
+    _require_devices()
     yield
   except SystemExit as end:
     if not isinstance(end.__context__, Interrupted):  # which all processes have agreed on
@@ -73,9 +75,18 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     _exit_at_once(1)
 
 
+def _require_devices() -> None:
+  try:
+    find_devices()
+  except ConfigError as error:
+    fail(error, 2)
+
+
 def _connect(coordinator: str | None, process_id: int | None, processes: int | None) -> None:
   """Connects to the other processes, if any, before anything starts JAX's backend."""
   if processes == 1 and coordinator is None and process_id is None:
+    return
+  if coordinator is None and process_id is None and processes is None and _is_started_alone():
     return
   is_explicit = (coordinator, process_id, processes) != (None, None, None)
   who = "--coordinator and its two flags help where no cluster is detected"
@@ -105,6 +116,29 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
     if is_explicit or "coordinator_address" not in str(error):
       raise
     _require_alone()
+
+
+def _is_started_alone() -> bool:
+  """Whether a launcher says that this process is the only one.
+
+  Without a coordinator, two such runs in one job do not compete for its port.
+
+  Exits with one line in a job of SLURM for several processes of which srun has started none, as in
+  a shell of salloc: JAX would train alone or wait for the others, depending on the variables.
+  """
+  if processes := os.environ.get("OMPI_COMM_WORLD_SIZE"):  # also inside a job of SLURM
+    return processes == "1"
+  tasks = os.environ.get("SLURM_NTASKS")
+  if tasks is None or "SLURM_JOB_ID" not in os.environ:
+    return False
+  # Only srun sets the latter; it is 1 in a shell that salloc starts as a step.
+  if tasks != "1" and tasks != os.environ.get("SLURM_STEP_NUM_TASKS"):
+    fail(
+      f"SLURM_NTASKS={tasks}, but srun has not started this process as one of them: start all with "
+      "srun, or say --processes=1 to train with this one alone",
+      2,
+    )
+  return tasks == "1"
 
 
 def _detection() -> str | None:
@@ -156,13 +190,23 @@ def _keep_stdout_for_the_first() -> None:
 
 
 @contextlib.contextmanager
-def first_goes_first() -> Iterator[None]:
-  """The first process runs this block before the others, so that they find what it writes."""
-  if jax.process_index():
-    _wait_for_all("first")
+def first_goes_first(on_each_host: bool = False) -> Iterator[None]:
+  """The first process runs this block before the others, so that they find what it writes.
+
+  Args:
+    on_each_host: after the first process, the first one of each other host runs the block before
+      the rest: it finds what is written on a shared file system, or writes it on its own.
+  """
+  index, last = jax.process_index(), 1
+  turn = min(index, last)
+  if on_each_host:
+    names, last = gather(socket.gethostname()), 2
+    turn = 0 if index == 0 else 1 if names.index(names[index]) == index else 2
+  for _ in range(turn):
+    _wait_for_all("turn")
   yield
-  if not jax.process_index():
-    _wait_for_all("first")
+  for _ in range(turn, last):
+    _wait_for_all("turn")
 
 
 def _wait_for_all(key: str) -> None:
