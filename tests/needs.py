@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,12 @@ def _cifar100_dir() -> Path | None:
   return folder if (folder / "cifar100" / "3.0.2").is_dir() else None
 
 
+def _runs(*command: str) -> bool:
+  return (
+    bool(shutil.which(command[0])) and not subprocess.run(command, capture_output=True).returncode
+  )
+
+
 CIFAR100_DIR = _cifar100_dir()  # TFDS's folder with CIFAR-100 prepared; None: not found
 
 NEEDS = {
@@ -39,6 +46,11 @@ NEEDS = {
   "no gcsfs": Need(not _has("gcsfs"), "gcsfs is installed"),
   "linux": Need(
     bool(shutil.which("flock") and shutil.which("setsid")), "Linux's flock and setsid are missing"
+  ),
+  "namespaces": Need(
+    _runs("unshare", "--user", "--map-user=54321", "true")
+    and _runs(*"unshare --user --map-root-user --mount mount -t tmpfs none /mnt".split()),
+    "no namespaces for a user and mounts of its own",
   ),
   "glibc": Need(platform.libc_ver()[0] == "glibc", "the C library is not glibc"),
 }

@@ -195,8 +195,8 @@ def data_dir(data_config: ConfigDict) -> Path:
     return Path(data_config.data_dir or default).expanduser().absolute()
   except RuntimeError:
     raise DataError(
-      f"{data_config.data_dir or default}: there is no home folder. Say where the datasets are with "
-      "--config.data.data_dir=DIR."
+      f"{data_config.data_dir or default}: there is no home folder. Say where the datasets are "
+      "with --config.data.data_dir=DIR."
     ) from None
 
 
