@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -259,6 +260,29 @@ def test_devices_that_are_not_here_are_one_line(command, platforms, finished_run
   (line,) = process.stderr.splitlines()
   assert line.startswith(f"error: JAX_PLATFORMS={platforms}: JAX finds no such device here; unset")
   assert process.returncode == (1 if command == "evaluate" else 2)
+
+
+def test_a_run_that_waits_for_others_hears_ctrl_c(tmp_path):
+  with socket.create_server(("localhost", 0)) as coordinator:  # which never answers
+    address = f"localhost:{coordinator.getsockname()[1]}"
+    flags = ["--coordinator", address, "--processes=2", "--process_id=1"]
+    process = start(tmp_path / "run", *flags, devices=1)
+    coordinator.settimeout(100)
+    coordinator.accept()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)  # JAX would wait for 300 s
+  assert (error, process.returncode) == ("error: stopped by SIGINT\n", 130)
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:abc", "localhost:99999"])
+def test_an_address_without_a_port_is_one_line(address, tmp_path):
+  flags = ["--coordinator", address, "--processes=2", "--process_id=0"]
+  process = start(tmp_path / "run", *flags, devices=1)
+  _, error = process.communicate(timeout=100)
+  assert (
+    error.startswith(f"error: --coordinator {address} --process_id 0") and process.returncode == 2
+  )
+  assert error.count("\n") == 1
 
 
 TURNS = """

@@ -6,17 +6,18 @@ same order, and vote on what a single process decides alone (after a signal, by 
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
+import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from train.devices.compile import in_background
 from train.devices.mesh import by_example, find_devices
 from train.errors import ConfigError, Disagreement, Interrupted, fail, first_line
 
@@ -93,7 +95,8 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
   if is_explicit:
     if coordinator is None or process_id is None or processes is None:
       fail("--coordinator, --process_id and --processes go together: give all three", 2)
-    if ":" not in coordinator or not 0 <= process_id < processes:
+    port = coordinator.rpartition(":")[2] if ":" in coordinator else ""
+    if not (port.isdecimal() and 0 < int(port) < 2**16 and 0 <= process_id < processes):
       fail(
         f"--coordinator {coordinator} --process_id {process_id} --processes {processes}: "
         "HOST:PORT is needed, and a process_id from 0 to processes - 1",
@@ -102,15 +105,26 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
     who = f"--coordinator {coordinator}, --process_id {process_id} of {processes}"
   # Otherwise JAX handles SIGTERM itself.
   jax.config.update("jax_enable_preemption_service", False)
+  connect = functools.partial(
+    jax.distributed.initialize,
+    coordinator,
+    processes,
+    process_id,
+    cluster_detection_method="deactivate" if is_explicit else _detection(),
+    initialization_timeout=2 * _SECONDS_TO_CONNECT,
+  )
   try:
-    with _time_limit(who):
-      jax.distributed.initialize(
-        coordinator,
-        processes,
-        process_id,
-        cluster_detection_method="deactivate" if is_explicit else _detection(),
-        initialization_timeout=2 * _SECONDS_TO_CONNECT,
-      )
+    # In a thread, because JAX would neither hear a signal nor end without an abort.
+    in_background(connect).result(_SECONDS_TO_CONNECT)
+  except TimeoutError:
+    _give_up(
+      f"some processes of this run have not connected after {_SECONDS_TO_CONNECT} s ({who}): "
+      "check which one has not started or can't reach the coordinator",
+      LOST,
+    )
+  except (KeyboardInterrupt, Interrupted) as stop:
+    interruption = stop if isinstance(stop, Interrupted) else Interrupted(signal.SIGINT)
+    _give_up(f"stopped by {interruption}", interruption.exit_status)
   except ValueError as error:
     # JAX reports a missing coordinator_address if it detects no cluster.
     if is_explicit or "coordinator_address" not in str(error):
@@ -157,26 +171,6 @@ def _require_alone() -> None:
         "or say --processes=1 if it is alone",
         2,
       )
-
-
-@contextlib.contextmanager
-def _time_limit(who: str) -> Iterator[None]:
-  """Exits with one line if the others do not connect in time; JAX would abort."""
-
-  def give_up() -> None:
-    print(
-      f"error: some processes of this run have not connected after {_SECONDS_TO_CONNECT} s "
-      f"({who}): check which one has not started or can't reach the coordinator",
-      file=sys.stderr,
-    )
-    _exit_at_once(LOST)
-
-  timer = threading.Timer(_SECONDS_TO_CONNECT, give_up)
-  timer.start()
-  try:
-    yield
-  finally:
-    timer.cancel()
 
 
 def _keep_stdout_for_the_first() -> None:
@@ -270,7 +264,12 @@ def time_of_first() -> int:
   return int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))
 
 
-def _exit_at_once(status: int) -> None:
+def _give_up(error: str, status: int) -> NoReturn:
+  print(f"error: {error}", file=sys.stderr)
+  _exit_at_once(status)
+
+
+def _exit_at_once(status: int) -> NoReturn:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)  # skips JAX's shutdown, in which each process waits for all
