@@ -1,4 +1,4 @@
-"""`make audit`, with a stand-in for Python that makes an environment with stand-ins for its tools."""
+"""`make audit`, with a stand-in for Python whose environments hold stand-ins for the tools."""
 
 import os
 import subprocess
