@@ -2,6 +2,7 @@
 # make test      runs the test suite: needs nothing but this clone
 # make coverage  runs it again and prints which lines it covers
 # make lint      checks style, types, imports and shell scripts
+# make audit     looks for advisories on the pinned dependencies; needs PyPI's database
 #
 # Tests that need more:
 # make test-slow      longer ones
@@ -17,7 +18,7 @@ BIN := .venv/bin
 # Two files at a time: one alone leaves a core idle.
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
-.PHONY: train test coverage lint setup clean \
+.PHONY: train test coverage lint audit setup clean \
   test-slow test-cifar100 test-plan test-gcs test-keras
 
 train: setup
@@ -38,7 +39,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
-	$(BIN)/shellcheck .ci/run launch/*.sh launch/*.sbatch
+	$(BIN)/shellcheck .ci/run .ci/audit launch/*.sh launch/*.sbatch
+
+audit:
+	@PYTHON=$(PYTHON) .ci/audit
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

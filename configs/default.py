@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
   config.microbatch = config_dict.placeholder(int)
   config.cpu_microbatch = 8  # small, so that activations stay in a core's cache
   # Steps in one dispatch: raise it if a step takes less time than the host needs to start it. A
-  # signal takes effect after them; an epoch's last, shorter call compiles a second program.
+  # signal takes effect after them; an epoch's last, shorter call is a second program to compile.
   config.steps_per_call = 1
   config.dtype = "float32"  # or "bfloat16": activations, matrix products; weights are float32
   config.compilation_cache = True  # keep compiled steps in ~/.cache/mlp_models for the next run

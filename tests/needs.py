@@ -28,11 +28,10 @@ def _cifar100_dir() -> Path | None:
   return folder if (folder / "cifar100" / "3.0.2").is_dir() else None
 
 
-def _can_mount() -> bool:
-  if not shutil.which("unshare"):
-    return False
-  command = ("unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt")
-  return subprocess.run(command, capture_output=True).returncode == 0
+def _runs(*command: str) -> bool:
+  return (
+    bool(shutil.which(command[0])) and not subprocess.run(command, capture_output=True).returncode
+  )
 
 
 CIFAR100_DIR = _cifar100_dir()  # TFDS's folder with CIFAR-100 prepared; None: not found
@@ -48,6 +47,10 @@ NEEDS = {
   "linux": Need(
     bool(shutil.which("flock") and shutil.which("setsid")), "Linux's flock and setsid are missing"
   ),
-  "mounts": Need(_can_mount(), "this user may mount no small disk (unshare -rm)"),
+  "namespaces": Need(
+    _runs("unshare", "--user", "--map-user=54321", "true")
+    and _runs(*"unshare --user --map-root-user --mount mount -t tmpfs none /mnt".split()),
+    "no namespaces for a user and mounts of its own",
+  ),
   "glibc": Need(platform.libc_ver()[0] == "glibc", "the C library is not glibc"),
 }

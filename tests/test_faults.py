@@ -32,7 +32,7 @@ cp -r "$DISK/run/metrics.jsonl" "$DISK/run/summary.json" "$KEPT"
 
 
 @pytest.mark.slow
-@pytest.mark.needs(what="mounts")
+@pytest.mark.needs(what="namespaces")
 @pytest.mark.parametrize("size", ["200k", "600k", "900k", "1200k"])
 def test_with_space_again_the_same_command_goes_on(size, uninterrupted, tmp_path):
   disk, kept = tmp_path / "disk", tmp_path / "kept"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import COMMAND, free_port, numbers, saved_step, start
+from runs import COMMAND, REPOSITORY, free_port, numbers, saved_step, start
 from test_folder import make_folder
 
 from launch import local
@@ -183,3 +184,150 @@ def test_a_process_that_does_not_find_the_others_does_not_train(
   assert process.returncode == 2
   assert f"error: {launcher} has started this process ({name}=3), and JAX does not find" in error
   assert not (tmp_path / "run").exists()
+
+
+# Launchers ----------------------------------------------------------------------------------------
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}
+STEP = {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+  "variables",
+  [
+    SLURM | {"SLURM_NODELIST": "localhost"},  # salloc
+    SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # a script of sbatch
+    SLURM | STEP | {"SLURM_STEP_NUM_TASKS": "1"},  # a shell that salloc starts as a step
+    SLURM | STEP,
+  ],
+)
+def test_a_job_of_slurm_without_srun_is_one_line(variables, tmp_path, monkeypatch):
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  began = time.monotonic()
+  process = start(tmp_path / "run", devices=1)
+  _, error = process.communicate(timeout=100)
+  assert time.monotonic() - began < 60  # JAX would wait for 300 s
+  assert process.returncode == 2
+  assert error.startswith("error: SLURM_NTASKS=4, but srun has not started this process")
+  assert "--processes=1" in error and error.count("\n") == 1
+  assert not (tmp_path / "run").exists()
+  assert "Reading" in first_lines(start(tmp_path / "run", "--processes=1", devices=1))
+
+
+def first_lines(process: subprocess.Popen) -> str:
+  """What a run prints before it trains; then it is killed."""
+  line = process.stdout.readline()
+  process.kill()
+  return line + process.communicate(timeout=100)[1]
+
+
+@pytest.mark.parametrize(
+  "variables",
+  [
+    SLURM | STEP | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
+    {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:9"},
+  ],
+)
+def test_a_process_that_is_alone_needs_no_port(variables):
+  """Of two such runs in one job, the second could not open the port of the first."""
+  code = (
+    "import argparse, jax; from train.devices import hosts; parser = argparse.ArgumentParser()\n"
+    "hosts.add_flags(parser)\n"
+    "with hosts.joined(parser.parse_args()): print(jax.distributed.is_initialized())"
+  )
+  process = subprocess.run(
+    [sys.executable, "-c", code],
+    env=os.environ | variables,
+    cwd=REPOSITORY,
+    capture_output=True,
+    text=True,
+  )
+  assert (process.stdout, process.stderr, process.returncode) == ("False\n", "", 0)
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "cudaa"])
+@pytest.mark.parametrize("command", ["main", "bench", "evaluate"])
+def test_devices_that_are_not_here_are_one_line(command, platforms, finished_run):
+  flags = {"evaluate": ["--workdir", str(finished_run)]}.get(command, COMMAND[3:])
+  process = subprocess.run(
+    [sys.executable, "-m", f"train.{command}", *flags],
+    env=os.environ | {"JAX_PLATFORMS": platforms, "CUDA_VISIBLE_DEVICES": ""},
+    cwd=REPOSITORY,
+    capture_output=True,
+    text=True,
+  )
+  (line,) = process.stderr.splitlines()
+  assert line.startswith(f"error: JAX_PLATFORMS={platforms}: JAX finds no such device here; unset")
+  assert process.returncode == (1 if command == "evaluate" else 2)
+
+
+def test_a_run_that_waits_for_others_hears_ctrl_c(tmp_path):
+  with socket.create_server(("localhost", 0)) as coordinator:  # which never answers
+    address = f"localhost:{coordinator.getsockname()[1]}"
+    flags = ["--coordinator", address, "--processes=2", "--process_id=1"]
+    process = start(tmp_path / "run", *flags, devices=1)
+    coordinator.settimeout(100)
+    coordinator.accept()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)  # JAX would wait for 300 s
+  assert (error, process.returncode) == ("error: stopped by SIGINT\n", 130)
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:abc", "localhost:99999"])
+def test_an_address_without_a_port_is_one_line(address, tmp_path):
+  flags = ["--coordinator", address, "--processes=2", "--process_id=0"]
+  process = start(tmp_path / "run", *flags, devices=1)
+  _, error = process.communicate(timeout=100)
+  assert (
+    error.startswith(f"error: --coordinator {address} --process_id 0") and process.returncode == 2
+  )
+  assert error.count("\n") == 1
+
+
+TURNS = """
+import argparse, os, socket, sys, time
+from train.devices import hosts
+socket.gethostname = lambda: sys.argv[1]
+parser = argparse.ArgumentParser()
+hosts.add_flags(parser)
+with hosts.joined(parser.parse_args(sys.argv[2:])):
+  for block, on_each_host in (("data", True), ("workdir", False)):
+    with hosts.first_goes_first(on_each_host):
+      print(block, "began", time.monotonic(), file=sys.stderr)
+      time.sleep(0.2)
+      print(block, "ended", time.monotonic(), file=sys.stderr)
+"""
+
+
+def test_the_first_process_of_each_host_goes_before_the_rest():
+  names = ["a", "a", "b", "b", "c"]
+  coordinator = f"localhost:{free_port()}"
+  flags = ["--coordinator", coordinator, "--processes=5"]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", TURNS, name, *flags, f"--process_id={index}"],
+      cwd=REPOSITORY,
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+      stderr=subprocess.PIPE,
+      stdout=subprocess.DEVNULL,
+      text=True,
+    )
+    for index, name in enumerate(names)
+  ]
+  turns = {}
+  for index, process in enumerate(processes):
+    error = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, error
+    for line in error.splitlines():
+      if (words := line.split())[0] in ("data", "workdir"):
+        turns[words[0], index, words[1]] = float(words[2])
+
+  def is_before(block: str, first: list[int], second: list[int]) -> bool:
+    ended = max(turns[block, index, "ended"] for index in first)
+    return ended < min(turns[block, index, "began"] for index in second)
+
+  assert is_before("data", [0], [1, 2, 3, 4])
+  assert is_before("data", [2, 4], [1, 3])
+  assert is_before("workdir", [0], [1, 2, 3, 4])
+  assert not is_before("workdir", [2, 4], [1, 3])

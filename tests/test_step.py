@@ -16,7 +16,7 @@ import pytest
 import mlp_models
 from train import augment, optimizer
 from train.data import DatasetInfo, Split
-from train.data.batches import stack
+from train.data.batches import num_batches, stack
 from train.data.statistics import channel_statistics
 from train.devices.mesh import by_example, make_mesh, sharded_axis, state_shardings
 from train.state import Sums, abstract_state, init_state, make_init, make_model
@@ -282,12 +282,15 @@ def test_the_model_is_traced_once(monkeypatch):
   assert len(traced) == 1
 
 
-def test_what_was_compiled_in_the_background_is_not_compiled_again():
+@pytest.mark.parametrize("calls", [[1, 1], [2, 1]])  # the latter as at the end of an epoch
+def test_what_was_compiled_in_the_background_is_not_compiled_again(calls):
   config, mesh = smoke_config("fnet"), mesh_of(2)
-  config.batch_size = BATCH
+  config.batch_size, config.steps_per_call = BATCH, calls[0]
+  assert num_batches(INFO.sizes["train"], BATCH) % 2 == 1
   step, init = make_train_step(config, 100, 4, mesh), make_init(config, INFO, mesh)
   compile_in_background(step, init, config, INFO, mesh).result()
-  batches = jax.device_put(next(stack(iter([noise_batch(0)]), iter([1]))), by_example(mesh, axis=1))
+  batches = stack(map(noise_batch, range(sum(calls))), iter(calls))
+  batches = [jax.device_put(call, by_example(mesh, axis=1)) for call in batches]
   compilations = []
 
   def listen(event: str, seconds: float, **kwargs) -> None:
@@ -296,7 +299,9 @@ def test_what_was_compiled_in_the_background_is_not_compiled_again():
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
-    step(init(np.full(3, 127, np.float32), np.full(3, 5400, np.float32)), batches)
+    state = init(np.full(3, 127, np.float32), np.full(3, 5400, np.float32))
+    for call in batches:
+      state, _ = step(state, call)
     assert not compilations
     jax.jit(lambda x: x + 7)(np.ones(3))  # the listener works
     assert len(compilations) == 1

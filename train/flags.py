@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging as standard_logging
 import os
 import sys
 from collections.abc import Sequence
@@ -30,8 +31,9 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDi
 
 
 def quiet_libraries() -> None:
-  """Silences the log lines of orbax and TFDS; their errors still show."""
+  """Silences the log lines of orbax, TFDS and matplotlib; their errors still show."""
   logging.set_verbosity(logging.ERROR)
+  standard_logging.getLogger("matplotlib").setLevel(standard_logging.ERROR)  # it works without HOME
 
 
 def _read_config(path: str, overrides: Sequence[str]) -> ConfigDict:

@@ -71,15 +71,17 @@ def lower_train_step(
   info: DatasetInfo,
   mesh: Mesh,
   platform: str | None = None,
+  steps: int | None = None,
 ) -> jax.stages.Lowered:
-  """Lowers a step of `make_train_step` for the shapes of an epoch's first call.
+  """Lowers a step of `make_train_step` for the shapes of a call.
 
   Args:
     state: from `abstract_state`.
     platform: to lower for, such as "tpu", even if absent here; None: that of the mesh.
+    steps: of the call; None: as many as the first of an epoch has.
   """
-  steps_per_epoch = num_batches(info.sizes["train"], config.batch_size)
-  steps_and_batch = (min(config.steps_per_call, steps_per_epoch), config.batch_size)
+  steps = steps or min(config.steps_per_call, _steps_per_epoch(config, info))
+  steps_and_batch = (steps, config.batch_size)
   shapes = {
     "image": ((*steps_and_batch, *info.shape_in_memory(config.model.image_size)), jnp.uint8),
     "label": (steps_and_batch, jnp.int32),
@@ -90,6 +92,10 @@ def lower_train_step(
   return traced.lower(lowering_platforms=(platform,) if platform else None)
 
 
+def _steps_per_epoch(config: ConfigDict, info: DatasetInfo) -> int:
+  return num_batches(info.sizes["train"], config.batch_size)
+
+
 def compile_in_background(
   step: jax.stages.Wrapped,
   init: jax.stages.Wrapped,
@@ -97,26 +103,29 @@ def compile_in_background(
   info: DatasetInfo,
   mesh: Mesh,
 ) -> Future[tuple[jax.stages.Compiled, float]]:
-  """Compiles `step` and `init` in a thread; later calls reuse the result.
+  """Compiles `step`, also for an epoch's shorter last call, and `init` in a thread.
 
-  XLA releases Python's lock, so images can be read meanwhile.
+  Later calls reuse the results. XLA releases Python's lock, so images can be read meanwhile.
 
   Args:
     step: from `make_train_step`.
     init: from `make_init`.
   Returns:
-    A future of the compiled step and the seconds that its compilation took.
+    A future of the step compiled for an epoch's first call, and the seconds that this took.
   """
 
-  def compile_both():
+  def compile_all():
     began = time.perf_counter()
     state = abstract_state(init, info)
     compiled = lower_train_step(step, state, config, info, mesh).compile()
     seconds = time.perf_counter() - began
     init.lower(*abstract_statistics(info)).compile()
+    steps = _steps_per_epoch(config, info)
+    if steps > config.steps_per_call and (rest := steps % config.steps_per_call):
+      lower_train_step(step, state, config, info, mesh, steps=rest).compile()
     return compiled, seconds
 
-  return in_background(compile_both)
+  return in_background(compile_all)
 
 
 def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> jax.stages.Wrapped:

@@ -65,7 +65,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise MemoryError(str(error).splitlines()[0]) from error
-  # Skip an epoch's shorter last call: it would compile another program.
+  # Skip an epoch's shorter last call: it takes longer for each step.
   calls = (call for call in calls if len(call["label"]) == len(first["label"]))
   split = dataset["train"]
   return Training(

@@ -191,7 +191,13 @@ def _prepared_builder(data_config):
 def data_dir(data_config: ConfigDict) -> Path:
   """Where TFDS keeps its datasets."""
   default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return Path(data_config.data_dir or default).expanduser().absolute()
+  try:
+    return Path(data_config.data_dir or default).expanduser().absolute()
+  except RuntimeError:
+    raise DataError(
+      f"{data_config.data_dir or default}: there is no home folder. Say where the datasets are "
+      "with --config.data.data_dir=DIR."
+    ) from None
 
 
 def _builder(name, data_dir):

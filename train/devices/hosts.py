@@ -6,16 +6,16 @@ same order, and vote on what a single process decides alone (after a signal, by 
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import socket
 import sys
-import threading
 import traceback
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from train.devices.mesh import by_example
-from train.errors import Disagreement, SavedAndStopped, fail
+from train.devices.compile import in_background
+from train.devices.mesh import by_example, find_devices
+from train.errors import (
+  ConfigError,
+  Disagreement,
+  Interrupted,
+  SavedAndStopped,
+  fail,
+  first_line,
+)
 
 LOST = 75  # exit status if another process is missing or lost: EX_TEMPFAIL of sysexits.h
 _HOURS_TO_WAIT = 24  # while another process prepares a dataset
@@ -55,13 +63,15 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
   """
   try:
     _connect(arguments.coordinator, arguments.process_id, arguments.processes)
-  except (ValueError, RuntimeError) as error:
-    fail(f"the processes of this run could not connect: {str(error).splitlines()[0]}", 1)
+  except Exception as error:  # each way to detect a cluster has its own
+    fail(f"the processes of this run could not connect: {first_line(error)}", 1)
   if not jax.distributed.is_initialized():
+    _require_devices()
     yield
     return
   try:
     _keep_stdout_for_the_first()
+    _require_devices()
     yield
   except SystemExit as end:
     if not isinstance(end.__context__, SavedAndStopped):  # which all processes have agreed on
@@ -72,16 +82,26 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     _exit_at_once(1)
 
 
+def _require_devices() -> None:
+  try:
+    find_devices()
+  except ConfigError as error:
+    fail(error, 2)
+
+
 def _connect(coordinator: str | None, process_id: int | None, processes: int | None) -> None:
   """Connects to the other processes, if any, before anything starts JAX's backend."""
   if processes == 1 and coordinator is None and process_id is None:
+    return
+  if coordinator is None and process_id is None and processes is None and _is_started_alone():
     return
   is_explicit = (coordinator, process_id, processes) != (None, None, None)
   who = "--coordinator and its two flags help where no cluster is detected"
   if is_explicit:
     if coordinator is None or process_id is None or processes is None:
       fail("--coordinator, --process_id and --processes go together: give all three", 2)
-    if ":" not in coordinator or not 0 <= process_id < processes:
+    port = coordinator.rpartition(":")[2] if ":" in coordinator else ""
+    if not (port.isdecimal() and 0 < int(port) < 2**16 and 0 <= process_id < processes):
       fail(
         f"--coordinator {coordinator} --process_id {process_id} --processes {processes}: "
         "HOST:PORT is needed, and a process_id from 0 to processes - 1",
@@ -90,20 +110,53 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
     who = f"--coordinator {coordinator}, --process_id {process_id} of {processes}"
   # Otherwise JAX handles SIGTERM itself.
   jax.config.update("jax_enable_preemption_service", False)
+  connect = functools.partial(
+    jax.distributed.initialize,
+    coordinator,
+    processes,
+    process_id,
+    cluster_detection_method="deactivate" if is_explicit else _detection(),
+    initialization_timeout=2 * _SECONDS_TO_CONNECT,
+  )
   try:
-    with _time_limit(who):
-      jax.distributed.initialize(
-        coordinator,
-        processes,
-        process_id,
-        cluster_detection_method="deactivate" if is_explicit else _detection(),
-        initialization_timeout=2 * _SECONDS_TO_CONNECT,
-      )
+    # In a thread, because JAX would neither hear a signal nor end without an abort.
+    in_background(connect).result(_SECONDS_TO_CONNECT)
+  except TimeoutError:
+    _give_up(
+      f"some processes of this run have not connected after {_SECONDS_TO_CONNECT} s ({who}): "
+      "check which one has not started or can't reach the coordinator",
+      LOST,
+    )
+  except Interrupted as interruption:
+    _give_up(f"stopped by {interruption}", interruption.exit_status)
   except ValueError as error:
     # JAX reports a missing coordinator_address if it detects no cluster.
     if is_explicit or "coordinator_address" not in str(error):
       raise
     _require_alone()
+
+
+def _is_started_alone() -> bool:
+  """Whether a launcher says that this process is the only one.
+
+  Without a coordinator, two such runs in one job do not compete for its port.
+
+  Exits with one line in a job of SLURM for several processes of which srun has started none, as in
+  a shell of salloc: JAX would train alone or wait for the others, depending on the variables.
+  """
+  if processes := os.environ.get("OMPI_COMM_WORLD_SIZE"):  # also inside a job of SLURM
+    return processes == "1"
+  tasks = os.environ.get("SLURM_NTASKS")
+  if tasks is None or "SLURM_JOB_ID" not in os.environ:
+    return False
+  # Only srun sets the latter; it is 1 in a shell that salloc starts as a step.
+  if tasks != "1" and tasks != os.environ.get("SLURM_STEP_NUM_TASKS"):
+    fail(
+      f"SLURM_NTASKS={tasks}, but srun has not started this process as one of them: start all with "
+      "srun, or say --processes=1 to train with this one alone",
+      2,
+    )
+  return tasks == "1"
 
 
 def _detection() -> str | None:
@@ -124,26 +177,6 @@ def _require_alone() -> None:
       )
 
 
-@contextlib.contextmanager
-def _time_limit(who: str) -> Iterator[None]:
-  """Exits with one line if the others do not connect in time; JAX would abort."""
-
-  def give_up() -> None:
-    print(
-      f"error: some processes of this run have not connected after {_SECONDS_TO_CONNECT} s "
-      f"({who}): check which one has not started or can't reach the coordinator",
-      file=sys.stderr,
-    )
-    _exit_at_once(LOST)
-
-  timer = threading.Timer(_SECONDS_TO_CONNECT, give_up)
-  timer.start()
-  try:
-    yield
-  finally:
-    timer.cancel()
-
-
 def _keep_stdout_for_the_first() -> None:
   """Keeps only the first process' Python output on stdout: Gloo announces each connection there."""
   descriptor = os.dup(1)
@@ -155,13 +188,23 @@ def _keep_stdout_for_the_first() -> None:
 
 
 @contextlib.contextmanager
-def first_goes_first() -> Iterator[None]:
-  """The first process runs this block before the others, so that they find what it writes."""
-  if jax.process_index():
-    _wait_for_all("first")
+def first_goes_first(on_each_host: bool = False) -> Iterator[None]:
+  """The first process runs this block before the others, so that they find what it writes.
+
+  Args:
+    on_each_host: after the first process, the first one of each other host runs the block before
+      the rest: it finds what is written on a shared file system, or writes it on its own.
+  """
+  index, last = jax.process_index(), 1
+  turn = min(index, last)
+  if on_each_host:
+    names, last = gather(socket.gethostname()), 2
+    turn = 0 if index == 0 else 1 if names.index(names[index]) == index else 2
+  for _ in range(turn):
+    _wait_for_all("turn")
   yield
-  if not jax.process_index():
-    _wait_for_all("first")
+  for _ in range(turn, last):
+    _wait_for_all("turn")
 
 
 def _wait_for_all(key: str) -> None:
@@ -220,7 +263,12 @@ def is_loss_of_another(error: jax.errors.JaxRuntimeError) -> bool:
   return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
 
 
-def _exit_at_once(status: int) -> None:
+def _give_up(error: str, status: int) -> NoReturn:
+  print(f"error: {error}", file=sys.stderr)
+  _exit_at_once(status)
+
+
+def _exit_at_once(status: int) -> NoReturn:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)  # skips JAX's shutdown, in which each process waits for all

@@ -1,6 +1,7 @@
 """The mesh of devices, and how arrays are sharded over it."""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from train.errors import ConfigError
+from train.errors import ConfigError, first_line
 
 DATA, FSDP = "data", "fsdp"  # the mesh's axes
 BATCH = (DATA, FSDP)  # the batch is sharded over both
@@ -16,6 +17,24 @@ BATCH = (DATA, FSDP)  # the batch is sharded over both
 # In elements. Smaller arrays stay replicated: a collective for each would cost more than the memory
 # saved.
 _SHARDED_FROM = 2**14
+
+
+def find_devices() -> list[jax.Device]:
+  """JAX's devices in all processes of the run; starts JAX's backend.
+
+  Raises:
+    ConfigError: JAX can't start it, most often because JAX_PLATFORMS names what is not here.
+  """
+  try:
+    return jax.devices()
+  except (RuntimeError, AssertionError) as error:  # the latter for "cuda" without a GPU
+    reason = f" ({first_line(error)})" if str(error) else ""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+      raise ConfigError(
+        f"JAX_PLATFORMS={platforms}: JAX finds no such device here; unset it to use what there is, "
+        f"or set JAX_PLATFORMS=cpu{reason}"
+      ) from error
+    raise ConfigError(f"JAX can't use the devices of this machine{reason}") from error
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -29,9 +48,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     data, fsdp: devices along each axis, as in `config.mesh`; -1: all that the other axis leaves.
     devices: devices to use; None: all.
   Raises:
-    ConfigError: the sizes do not fit the devices.
+    ConfigError: the sizes do not fit the devices, or JAX finds none.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = find_devices() if devices is None else devices
   count = len(devices)
   sizes = [data, fsdp]
   if -1 in sizes:
