@@ -21,7 +21,7 @@ from mlp_models.mixer import Mixer
 from mlp_models.perceiver import Perceiver
 from mlp_models.vit import ViT
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _CLASSES: dict[str, type[nn.Module]] = {
   "mixer": Mixer,

@@ -120,7 +120,7 @@ class Watch:
 
 def claim(config: ConfigDict, folder: epath.Path) -> data.DatasetInfo:
   """Finds or prepares the dataset and makes the workdir this run's; all processes agree on both."""
-  with hosts.first_goes_first():
+  with hosts.first_goes_first(on_each_host=True):
     config.data = data.resolve(config.data)
   info = data.describe(config.data, data.Processes(hosts.share, hosts.gather))
   rows = metrics.read(folder)

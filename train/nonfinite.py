@@ -25,11 +25,11 @@ from train.devices.mesh import replicated
 from train.devices.reduction import sum_over_batch
 from train.errors import TrainingFailed, first_line
 from train.run.storage import write_atomically
+from train.run.workdir import NONFINITE
 from train.state import Sums, TrainState, Weights
 from train.step import Batch, eval_logits, make_gradients, overflow
 
 Array = jax.Array
-FILE = "nonfinite.json"
 _ADVICE = "try a smaller --config.optimizer.learning_rate in another --workdir"
 
 
@@ -68,7 +68,7 @@ class Guard:
       batches: of the call: image [K, B, H, W, C] and so on.
       losses: float32 [K], of the call; NaN where no update was made.
     Raises:
-      TrainingFailed: FILE says where it began.
+      TrainingFailed: NONFINITE says where it began.
     """
     if self._stops and not (finite := np.isfinite(losses)).all():
       self._end_training(state, batches, int(finite.argmin()))
@@ -86,7 +86,7 @@ class Guard:
     """Ends the run if the validation loss is not finite, unless such steps are skipped.
 
     Raises:
-      TrainingFailed: FILE names the images.
+      TrainingFailed: NONFINITE names the images.
     """
     if math.isfinite(loss) or not self._stops:
       return
@@ -139,7 +139,7 @@ class Guard:
     return {"step": int(state.step), "epoch": int(state.epoch) + 1, "learning_rate": rate}
 
   def _end(self, what: str, report: dict[str, Any]) -> NoReturn:
-    path = self._folder / FILE
+    path = self._folder / NONFINITE
     details = f"{path} says more"
     if jax.process_index() == 0:
       try:

@@ -40,6 +40,7 @@ _FREE_TO_DIFFER = (
   "steps_per_call",
 )
 
+NONFINITE = "nonfinite.json"  # where a run that diverged says where
 _WRITTEN_FIRST = {LOCK, "dataset.json", "dataset.json.partial", "config.json.partial"}
 
 
@@ -115,7 +116,7 @@ def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo, trained: i
       return
     workdir.mkdir(parents=True, exist_ok=True)
     if not is_valuable:
-      _remove_first_state(workdir)
+      _remove_beginning(workdir)
     for name, content in run.items():
       write_atomically(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
@@ -146,11 +147,12 @@ def _valuable(workdir: epath.Path) -> list[str]:
   return found
 
 
-def _remove_first_state(workdir: epath.Path) -> None:
-  """Removes the checkpoint from before the first step: the new run may begin from another."""
-  first = workdir / "checkpoints" / "last" / "0"
-  if first.exists():
+def _remove_beginning(workdir: epath.Path) -> None:
+  """Removes what a run leaves that has failed in its first epoch: its first state, and why."""
+  if (first := workdir / "checkpoints" / "last" / "0").exists():
     first.rmtree()
+  if (report := workdir / NONFINITE).exists():
+    report.unlink()
 
 
 def _require_same_run(workdir: epath.Path, run: dict[str, Any], trained: int) -> dict[str, Any]:
