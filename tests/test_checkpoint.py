@@ -217,7 +217,7 @@ def test_the_checksum_is_the_same_on_any_mesh_and_sees_every_bit():
     for bit in (0, 1, 22, 31):
       changed = np.array(tree["a"]).reshape(-1)
       changed.view(np.uint32)[place] ^= np.uint32(1 << bit)
-      assert checksum({"a": changed.reshape(4, 6), "b": tree["b"]}) != expected
+      assert checksum({"a": jnp.asarray(changed.reshape(4, 6)), "b": tree["b"]}) != expected
 
 
 def abstract_state_of(config):
