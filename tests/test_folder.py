@@ -100,7 +100,10 @@ def test_broken_images_are_listed_or_skipped(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("spoil", "message"),
   [
-    (lambda path: os.rename(path / "train", path / "trains"), r"'train\[:75%\]' is no split .*trains \(24\)"),
+    (
+      lambda path: os.rename(path / "train", path / "trains"),
+      r"'train\[:75%\]' is no split .*trains \(24\)",
+    ),
     (lambda path: os.rename(path / "test" / "owl", path / "test" / "elk"), "elk is a class that"),
     (
       lambda path: os.rename(path / "test", path / "val"),

@@ -236,12 +236,12 @@ def _records(source, data_config, splits, class_names) -> dict:
   return found
 
 
-def _fits(images: int, shape: tuple[int, ...], data_config, sharers: int) -> bool:
-  """Whether so many images may be kept in memory."""
+def _fits(images: int, shape: tuple[int, ...], data_config, sharers: int, kept: int = 0) -> bool:
+  """Whether so many images may be in memory, which holds `kept` bytes of them already."""
   limit = data_config.in_memory_bytes
   limit = memory_limit() // 4 if limit is None else limit
   needed = images * int(np.prod(shape)) * sharers
-  return needed <= min(limit, psutil.virtual_memory().available)
+  return needed <= min(limit, psutil.virtual_memory().available + kept)
 
 
 def _boxed(text):
@@ -285,9 +285,13 @@ def load(
   for split, records in _records(source, data_config, used, own).items():
     said = f"{data_config.name}: {split}_split = {used[split]!r}"
     streamed[split] = StreamedSplit(records, shape, workers, join_classes(said, own, names))
-  if _fits(sum(map(len, streamed.values())), shape, data_config, sharers):
+  kept = source.kept if isinstance(source, folder.Folder) else {}
+  kept_bytes = sum(image.nbytes for image in kept.values())
+  if _fits(sum(map(len, streamed.values())), shape, data_config, sharers, kept_bytes):
     in_memory = {name: _read(split) for name, split in streamed.items()}
+    kept.clear()
     return Dataset(info.name, info.class_names, **in_memory)
+  kept.clear()
   for part in streamed.values():
     part.check_labels()
   return Dataset(info.name, info.class_names, **streamed)

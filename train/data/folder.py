@@ -94,7 +94,7 @@ class Folder:
     self._folders = folders if folders is not None else {}
     self._read: dict[str, Contents] = _hash_splits(path) if self.is_flat else {}
     self._seen: set[str] = set()  # splits whose images were looked at
-    self._kept: dict[str, np.ndarray] = {}
+    self.kept: dict[str, np.ndarray] = {}  # images decoded by `look`, by path
 
   @property
   def names(self) -> list[str]:
@@ -142,7 +142,7 @@ class Folder:
     def decode(path: str) -> None:
       image = _decode(path, shape or (1, 1, 3), self._background)
       if shape:
-        self._kept[path] = image
+        self.kept[path] = image
 
     broken = verdicts.look(self._path, files, decode, processes)
     self._seen.update(names)
@@ -203,7 +203,7 @@ class Folder:
       rows += every[part.from_ : part.to]
     rows = rows[:limit]
     return Records(
-      [path for _, path, _ in rows], [label for _, _, label in rows], self._background, self._kept
+      [path for _, path, _ in rows], [label for _, _, label in rows], self._background, self.kept
     )
 
 
