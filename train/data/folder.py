@@ -23,6 +23,7 @@ _opened: dict[tuple[Path, str, bool], "Folder"] = {}  # the last one, to look at
 class Records:
   """Images and their labels, by index."""
 
+  are_silent = True
   advice = "Move it out of the folder, or save it anew as a PNG."  # if a file can't be read
 
   def __init__(
