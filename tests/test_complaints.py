@@ -43,7 +43,9 @@ class Complained(tfds.core.GeneratorBasedBuilder):
       yield i, {"image": png if i % 2 else jpeg[:-2] + b"abcdef" + jpeg[-2:], "label": i % 2}
 
 
-@pytest.mark.parametrize("where", ["memory", "threads", "processes"])
+@pytest.mark.parametrize(
+  "where", ["memory", "threads", pytest.param("processes", marks=pytest.mark.slow)]
+)
 def test_complaints_are_counted_and_said_once_with_a_file(tmp_path, where):
   Complained(data_dir=tmp_path).download_and_prepare(file_format="array_record")
   code = f"""
