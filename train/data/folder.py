@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from train.data import listing, verdicts
+from train.data.complaints import complaints
 from train.data.decode import decode_file
 from train.data.default_splits import FEW, KNOWN, names_in
 from train.data.listing import Contents
@@ -105,7 +106,7 @@ class Folder:
   @property
   def names(self) -> list[str]:
     """Splits, those with images."""
-    return [name for name in (self._read if self.is_flat else self._folders) if self.size(name)]
+    return [name for name in self._read if self.size(name)] if self.is_flat else [*self._folders]
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -115,7 +116,7 @@ class Folder:
   @property
   def usual_names(self) -> list[str]:
     """Splits that may be used without being named in the config."""
-    return [name for name in (self._read or self._folders) if name in KNOWN and self.size(name)]
+    return [name for name in self.names if name in KNOWN]
 
   def size(self, name: str) -> int:
     """Images in a split; 0 if there is none of this name."""
@@ -170,6 +171,7 @@ class Folder:
 
     silent = verdicts.SILENT_SECONDS - self._busy
     broken = verdicts.look(self._path, files, decode, processes, silent)
+    complaints.say()
     self._seen.update(names)
     if broken:
       _report(self._path, broken, self._skip_broken)
@@ -248,8 +250,7 @@ def _hash_splits(path: Path) -> dict[str, Contents]:
 
   Every class trains, and no split is empty if another has images to spare.
   """
-  whole = listing.contents(str(path))
-  whole.left_out.clear()  # anything may lie beside the class folders
+  whole = listing.contents(str(path), count_beside=False)
   splits = {name: Contents() for name in _PARTS}
   train = splits["train"] = whole
   if len(whole) < FEW:
@@ -274,7 +275,8 @@ def _hash(key: str) -> str:
 
 
 def _decode(path: str, shape: tuple[int, int, int], background: str) -> np.ndarray:
-  return decode_file(Path(path).read_bytes(), shape, background=background, upright=True)
+  encoded = Path(path).read_bytes()
+  return decode_file(encoded, shape, background=background, upright=True, name=path)
 
 
 def _report(path: Path, broken: dict[str, str], skipped: bool) -> None:
