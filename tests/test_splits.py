@@ -12,12 +12,13 @@ from PIL import Image
 
 from configs import default, mixer
 from train import data
+from train.check import check_config
 from train.data import folder
 from train.data.batches import batches
 from train.data.default_splits import choose
 from train.data.splits import join_classes
 from train.data.statistics import channel_statistics
-from train.errors import DataError, UnreachableError
+from train.errors import ConfigError, DataError, UnreachableError
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,20 @@ def test_smoke_takes_what_there_is(tmp_path, count):
   assert mixer.get_config("smoke").data.max_images == 512
   config.max_images = 2
   assert max(data.describe(config).sizes.values()) == min(count, 2)
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [("background", "whitish"), ("background", "#12"), ("background", ""), ("max_images", 0)],
+)
+def test_what_the_data_cannot_be_is_refused_by_the_knobs_name(key, value):
+  config = mixer.get_config("smoke")
+  config.model.num_classes = 2
+  check_config(config)
+  config.data[key] = value
+  with pytest.raises(ConfigError, match=f"config.data.{key} = {value!r}: ") as error:
+    check_config(config)
+  assert "\n" not in str(error.value)
 
 
 # Labels -------------------------------------------------------------------------------------------

@@ -122,6 +122,25 @@ verdicts.look(Path("/nowhere"), files[:1000], decode, verdicts.ALONE)
   assert "0 of 1,000 images" in lines[1] and len(lines) >= 3
 
 
+def test_a_look_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  files = [listing.Found(f"{i}", "", 1, 1) for i in range(100)]
+  looked: list[str] = []
+
+  def check(path: str) -> None:
+    if path == "60":
+      raise KeyboardInterrupt
+    looked.append(path)
+
+  with pytest.raises(KeyboardInterrupt):
+    verdicts.look(tmp_path, files, check)
+  before = set(looked)
+  assert len(before) >= 50
+  looked.clear()
+  assert verdicts.look(tmp_path, files, looked.append) == {}
+  assert before.isdisjoint(looked) and before | set(looked) == {str(i) for i in range(100)}
+
+
 def test_processes_share_the_look_and_agree(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   files = [listing.Found(f"{i}", "", 1, 1) for i in range(10)]

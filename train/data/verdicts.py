@@ -60,16 +60,23 @@ def look(
   broken = [(file.path, known[file.path][2]) for file in mine if known.get(file.path, ("",))[-1]]
   passing: list[tuple[str, str]] = []  # such as a network drive's error: not remembered
 
+  good: dict[str, tuple] = {}
+
   def judge(file: Found) -> None:
     try:
       decode(file.path)
+      good[file.path] = (file.size, file.changed, "")
     except ValueError as error:
       broken.append((file.path, str(error)))
     except (OSError, MemoryError) as error:
       passing.append((file.path, getattr(error, "strerror", None) or type(error).__name__))
 
-  if unknown:
-    _judge_all(unknown, judge, folder, silent)
+  try:
+    if unknown:
+      _judge_all(unknown, judge, folder, silent)
+  except BaseException:  # a signal: the next start goes on from here
+    _remember(folder, recalled | good)
+    raise
   everyone = processes.gather([broken, passing])
   verdicts = {path: reason for part, _ in everyone for path, reason in part}
   unread = {path: reason for _, part in everyone for path, reason in part}
