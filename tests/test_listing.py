@@ -207,7 +207,7 @@ def test_without_test_the_validation_split_gives_the_last_figure(tmp_path, capsy
 def test_train_alone_is_split_in_three(tmp_path, capsys):
   info = described(make(tmp_path, ("train",), count=20))
   assert info.sizes == {"train": 32, "validation": 4, "test": 4}
-  assert "neither a validation nor a test split" in capsys.readouterr().err
+  assert "neither a validation nor a test split with labels" in capsys.readouterr().err
 
 
 def test_classes_directly_below_are_split_by_hash(tmp_path, capsys):

@@ -91,7 +91,6 @@ def test_smoke_takes_what_there_is(tmp_path, count):
 )
 def test_what_the_data_cannot_be_is_refused_by_the_knobs_name(key, value):
   config = mixer.get_config("smoke")
-  config.model.num_classes = 2
   check_config(config)
   config.data[key] = value
   with pytest.raises(ConfigError, match=f"config.data.{key} = {value!r}: ") as error:
@@ -128,7 +127,14 @@ def unlabelled(tmp_path):
   Unlabelled(data_dir=tmp_path).download_and_prepare(file_format="array_record")
   config = default.get_config().data
   config.update(name="unlabelled", data_dir=str(tmp_path))
+  config.update(train_split="train[:90%]", test_split="test")
   return config
+
+
+def test_a_test_split_without_labels_is_not_chosen(unlabelled):
+  unlabelled.update(train_split=None, test_split=None)
+  resolved = data.resolve(unlabelled)
+  assert (resolved.train_split, resolved.test_split) == ("train[:80%]", "train[90%:]")
 
 
 @pytest.mark.parametrize("limit", [None, 0])

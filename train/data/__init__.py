@@ -173,7 +173,8 @@ def _splits(source, data_config, wanted: Sequence[str] = SPLITS) -> dict[str, st
   if None not in given.values():
     return given
   dataset = "" if _is_folder(data_config) else data_config.name.split("/")[0].split(":")[0]
-  chosen = choose(dataset, source.usual_names, source.size("train"))
+  names, labelled = source.usual_names, source.has_labels("test")
+  chosen = choose(dataset, names, source.size("train"), labelled)
   for split in wanted:
     if given[split] is None and split not in chosen:
       has = ", ".join(source.names)

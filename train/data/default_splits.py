@@ -5,30 +5,35 @@ from collections.abc import Collection
 _VALIDATION = ("validation", "val", "valid", "dev")  # names of a validation split
 KNOWN = ("train", "test", *_VALIDATION)
 USUAL = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
-# TFDS's sets whose test split has no labels (-1).
+# TFDS's sets whose test split has no labels (-1), to know it before they are on disk.
 _WITHOUT_TEST_LABELS = (
   "imagenet2012",
   "places365_small",
   "i_naturalist2017",
   "i_naturalist2018",
-  "i_naturalist2021",
+  "visual_domain_decathlon",
 )
 FEW = 10  # images, of which no tenth can be set aside
 
 
-def choose(dataset: str, names: Collection[str], train_size: int) -> dict[str, str]:
+def choose(
+  dataset: str, names: Collection[str], train_size: int, test_has_labels: bool = True
+) -> dict[str, str]:
   """Splits for "train", "validation" and "test", in TFDS's notation.
 
   Args:
     dataset: TFDS's name of it, without config and version; "" for a folder.
     names: of the splits that it has.
     train_size: images in its split `train`.
+    test_has_labels: False if its split `test` is known to have none.
   """
+  if hidden := "test" in names and (not test_has_labels or dataset in _WITHOUT_TEST_LABELS):
+    names = [name for name in names if name != "test"]
   validation = next((name for name in _VALIDATION if name in names), None)
   if "train" not in names:  # it can only evaluate
     only = {"validation": validation, "test": "test" if "test" in names else validation}
     return {key: value for key, value in only.items() if value}
-  if validation and "test" in names and dataset in _WITHOUT_TEST_LABELS:
+  if validation and hidden:
     chosen = {"train": "train[:99%]", "validation": "train[99%:]", "test": validation}
   elif validation:
     chosen = {"train": "train", "validation": validation}
@@ -57,9 +62,9 @@ def explain(splits: dict[str, str], is_flat: bool) -> str:
   if validation == test:
     return ": there is no test split, so the last figure is the validation split's, too"
   if train == "train[:80%]":
-    return ": it has neither a validation nor a test split"
+    return ": it has neither a validation nor a test split with labels"
   if train == "train[:99%]":
-    return ": the labels of its test split are not public"
+    return ": its test split has no labels"
   return ""
 
 

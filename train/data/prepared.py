@@ -43,7 +43,7 @@ class TfdsSet:
 
   def __init__(self, builder, splits):
     self._splits = splits
-    self.folder = builder.data_path
+    self.folder = Path(builder.data_path)
     self.class_names = _class_names(builder)
     height, width, channels = builder.info.features["image"].shape
     self.image_shape = (height, width, channels or 3)
@@ -53,6 +53,13 @@ class TfdsSet:
   def size(self, name: str) -> int:
     """Images in a split; 0 if there is none of this name."""
     return self.sizes.get(name, 0)
+
+  def has_labels(self, name: str) -> bool:
+    """False if a split's first label is a placeholder; True if it can't be read now."""
+    try:
+      return not self.folder.exists() or self.records(name).labels([0])[0] >= 0
+    except Exception:  # no such split, or a damaged file, which is named when it is read
+      return True
 
   def records(self, instruction: str, limit: int | None = None) -> "Records":
     """The records of a split, or of a part of it.
