@@ -177,15 +177,16 @@ class Folder:
     silent = verdicts.SILENT_SECONDS - self._busy
     broken = verdicts.look(self._path, files, decode, processes, silent)
     complaints.say()
-    self._seen.update(names)
-    if broken:
+    speaks = bool(processes.share((0,)))  # the first of them
+    if broken and (speaks or not self._skip_broken):
       _report(self._path, broken, self._skip_broken)
+    self._seen.update(names)
     for name in names:
       classes = self._contents(name).classes
       for key, found in classes.items():
         classes[key] = [file for file in found if file.path not in broken]
       self._ordered.pop(name, None)
-    if processes.share((0,)):  # the first of them
+    if speaks:
       for line in self._remarks(names):
         print(line, file=sys.stderr, flush=True)
 
