@@ -1,6 +1,7 @@
 """Refuses impossible configs in one line, before anything costly starts."""
 
 from ml_collections import ConfigDict
+from PIL import ImageColor
 
 import mlp_models
 from train.errors import ConfigError
@@ -32,6 +33,12 @@ def check_config(config: ConfigDict) -> None:
   limit, workers = config.data.in_memory_bytes, config.data.workers
   require(limit is None or limit >= 0, "data.in_memory_bytes", "at least 0, or None")
   require(workers is None or workers >= 1, "data.workers", "at least 1, or None")
+  most = config.data.max_images
+  require(most is None or most >= 1, "data.max_images", "at least 1, or None")
+  try:
+    ImageColor.getrgb(config.data.background)
+  except ValueError:
+    require(False, "data.background", "a colour's name, or #rrggbb")
   require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
   require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
   require(

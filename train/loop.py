@@ -122,7 +122,8 @@ def claim(config: ConfigDict, folder: epath.Path) -> data.DatasetInfo:
   """Finds or prepares the dataset and makes the workdir this run's; all processes agree on both."""
   with hosts.first_goes_first(on_each_host=True):
     config.data = data.resolve(config.data)
-  info = data.describe(config.data, data.Processes(hosts.share, hosts.gather))
+  processes = data.Processes(hosts.share, hosts.gather)
+  info = data.describe(config.data, processes, config.model.image_size)
   rows = metrics.read(folder)
   with hosts.first_goes_first():
     workdir.claim(folder, config, info, trained=rows[-1]["epoch"] if rows else 0)
