@@ -2,7 +2,10 @@
 
 import signal
 import sys
+import traceback
 from typing import NoReturn
+
+debug = False  # print the traceback behind an error, as `--debug` asks
 
 
 class ConfigError(ValueError):
@@ -37,7 +40,7 @@ class Interrupted(Exception):
     self.exit_status = 128 + signum  # as a shell reports a process killed by a signal
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
   """The first line of an error's message, as a sentence."""
   text = str(error).strip() or type(error).__name__
   return text.splitlines()[0].rstrip(".") + "."
@@ -45,5 +48,16 @@ def first_line(error: Exception) -> str:
 
 def fail(error: object, status: int) -> NoReturn:
   """Ends the program with a message on stderr and this exit status."""
+  if debug and (cause := sys.exc_info()[1]):
+    traceback.print_exception(_with_causes(cause))
   print(f"error: {error}", file=sys.stderr, flush=True)
   sys.exit(status)
+
+
+def _with_causes(error: BaseException) -> BaseException:
+  """The same error, with what it hides by `raise ... from None`."""
+  cause: BaseException | None = error
+  while cause is not None:
+    cause.__suppress_context__ = cause.__cause__ is not None
+    cause = cause.__cause__ or cause.__context__
+  return error

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train import data, optimizer
+from train.check import check_memory
 from train.data.batches import num_batches, train_calls
 from train.data.statistics import channel_statistics
 from train.devices import hosts
@@ -55,6 +56,7 @@ def train_and_evaluate(config: ConfigDict, folder: epath.Path) -> dict[str, Any]
     TrainingFailed: the loss is NaN or infinite.
   """
   mesh = make_mesh(**config.mesh)
+  check_memory(config, mesh)
   microbatch = microbatch_size(config, mesh)  # raises, before anything costly starts
   info = claim(config, folder)
   if summary := metrics.read_summary(folder):

@@ -3,7 +3,6 @@
 python -m train.main --config configs/MODEL.py [--workdir DIR] [--config.KEY=VALUE ...]
 """
 
-import argparse
 import time
 
 import jax
@@ -33,7 +32,7 @@ _OUT_OF_MEMORY = """out of memory. Three knobs help:
 def main() -> None:
   """Exit status: 0 finished, 1 failed, 2 wrong flags, 75 another process was lost; 130 saved and
   stopped by SIGINT (Ctrl-C), 138 by SIGUSR1, 143 by SIGTERM."""
-  parser = argparse.ArgumentParser(prog="python -m train.main", allow_abbrev=False)
+  parser = flags.Parser(prog="python -m train.main")
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
   parser.add_argument(
     "--workdir",
