@@ -1,8 +1,11 @@
 """The errors of a run, and how a command reports them."""
 
+import contextlib
+import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import NoReturn
 
 debug = False  # print the traceback behind an error, as `--debug` asks
@@ -52,6 +55,19 @@ def fail(error: object, status: int) -> NoReturn:
     traceback.print_exception(_with_causes(cause))
   print(f"error: {error}", file=sys.stderr, flush=True)
   sys.exit(status)
+
+
+@contextlib.contextmanager
+def until_nobody_reads() -> Iterator[None]:
+  """Ends the program quietly once the reader of its output has left, as `| head` does."""
+  try:
+    yield
+    sys.stdout.flush()
+  except BrokenPipeError:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):  # flushed at exit once more
+      os.dup2(nowhere, stream.fileno())
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _with_causes(error: BaseException) -> BaseException:

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
       help="print the traceback behind an error",
     )
 
-  def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+  def parse_known_args(self, args=None, namespace=None):
     namespace, rest = super().parse_known_args(args, namespace)
     errors.debug = getattr(namespace, "debug", False)
     return namespace, rest
@@ -144,9 +144,8 @@ def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
     if not flag.startswith("-"):
       raise ValueError(f"unknown argument {printable(flag)!r}")
     if not flag.startswith("--config."):
-      raise ValueError(
-        f"unknown flag {printable(flag + separator + text)}: a config's knobs are --config.KEY=VALUE"
-      )
+      whole = printable(f"{flag}{separator}{text}")
+      raise ValueError(f"unknown flag {whole}: a config's knobs are --config.KEY=VALUE")
     if key not in keys:
       raise ValueError(_unknown_key(key, list(keys)))
     if not separator:
