@@ -107,7 +107,9 @@ def _parameters(config: ConfigDict) -> int:
 
   def count(num_blocks: int) -> int:
     sizes = config.model.to_dict() | {"num_blocks": num_blocks, "num_classes": 1}
-    model = mlp_models.create(**sizes, dtype=config.dtype)
+    if "num_iterations" in sizes:  # they share their weights
+      sizes["num_iterations"] = 1
+    model = mlp_models.create(**sizes)
     size = config.model.image_size
 
     def init() -> Any:

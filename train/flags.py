@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import default
 from train import errors
@@ -20,6 +20,7 @@ from train.errors import ConfigError, fail, first_line
 CONFIG_HELP = "config file, as in configs/mixer.py or configs/mixer.py:smoke"
 
 _BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+_REQUIRED = object()  # the value of a knob that the command line must give
 _MOST_SHOWN = 200  # characters of a value that a message repeats
 
 
@@ -55,8 +56,13 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDi
   arguments, overrides = parser.parse_known_args()
   try:
     config = _read_config(arguments.config)
-    _override(config, overrides)
-    return arguments, config
+    _override(
+      config, overrides
+    )  # before references are resolved, so that what refers to it follows
+    return arguments, config.copy_and_resolve_references().lock()
+  except config_dict.RequiredValueError:
+    required = [key for key, value in _knobs(config).items() if value is _REQUIRED]
+    fail(f"--config {printable(arguments.config)}: --config.{required[0]}=VALUE is required", 2)
   except ValueError as error:
     fail(error, 2)
 
@@ -106,10 +112,10 @@ def _read_config(flag: str) -> ConfigDict:
     # this is edited within a second.
     exec(compile(path(file).read_bytes(), module.__file__, "exec"), module.__dict__)
     if not callable(getattr(module, "get_config", None)):
-      raise ValueError(f"{start}: it has no function get_config, which returns the config")
+      raise ValueError("it has no function get_config, which returns the config")
     config = module.get_config(*[variant] if separator else [])
     if isinstance(config, ConfigDict):
-      return config.copy_and_resolve_references().lock()
+      return config
   except (Exception, SystemExit) as error:
     raise ValueError(f"{start}: {_reason(error, module.__file__)}") from error
   raise ValueError(
@@ -125,7 +131,7 @@ def _reason(error: BaseException, file: str) -> str:
     return message
   lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
   if isinstance(error, SyntaxError):
-    lines, message = [error.lineno], error.msg
+    lines, message = [error.lineno] if error.lineno else [], error.msg
   place = f"line {lines[-1]}: " if lines else ""
   return f"{place}{type(error).__name__}: {message}"
 
@@ -155,15 +161,18 @@ def _override(config: ConfigDict, overrides: Sequence[str]) -> None:
         raise ValueError(f"{flag} lacks a value: {flag}=VALUE")
       else:
         text = rest.pop(0)
-    nullable = keys[key] is None or (key in defaults and defaults[key] is None)
-    try:
-      value = _value(text, keys[key] if keys[key] is not None else 0, nullable)
-    except ValueError as error:
-      raise ValueError(f"{flag}={printable(text)}: {error}") from None
     *groups, name = key.split(".")
     holder = config
     for group in groups:
       holder = holder[group]
+    old = keys[key]
+    nullable = old is None or (key in defaults and defaults[key] is None)
+    if old in (None, _REQUIRED):
+      old = holder.get_type(name)()  # any value of the type
+    try:
+      value = _value(text, old, nullable)
+    except ValueError as error:
+      raise ValueError(f"{flag}={printable(text)}: {error}") from None
     with holder.ignore_type():  # `_value` has checked it
       holder[name] = value
 
@@ -181,6 +190,8 @@ def check_knobs(config: ConfigDict) -> None:
     wide = {type(None): (int, type(None)), float: (int, float)}
     if type(value) not in wide.get(type(old), (type(old),)):
       raise ConfigError(f"config.{key} = {shown(value)}: it must be {_need(old)}")
+    if isinstance(value, str) and any(c < " " for c in value):
+      raise ConfigError(f"config.{key} = {shown(value)}: it must be one line of text")
   for key in knobs:
     if key.split(".")[-1] == "num_classes":
       raise ConfigError(f"config.{key}: leave it out, the dataset says how many classes there are")
@@ -212,7 +223,11 @@ def _unknown_key(key: str, keys: Sequence[str]) -> str:
 def _knobs(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
   """All values of a config by dotted key."""
   knobs: dict[str, Any] = {}
-  for key, value in config.items():
+  for key in config:
+    try:
+      value = config[key]
+    except config_dict.RequiredValueError:
+      value = _REQUIRED
     key = f"{prefix}{key}"
     knobs |= _knobs(value, f"{key}.") if isinstance(value, ConfigDict) else {key: value}
   return knobs
