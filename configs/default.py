@@ -63,9 +63,10 @@ def get_config() -> ConfigDict:
 def _data() -> ConfigDict:
   data = ConfigDict()
   # Any TFDS image classification set; "shapes100" is built in; "folder:PATH" is an image folder,
-  # PATH/{train,test}/CLASS/*.png or *.jpg.
+  # PATH/{train,test}/CLASS/FILE or PATH/CLASS/FILE; PNG, JPEG, WebP, BMP, GIF or TIFF.
   data.name = "cifar100"
   data.skip_broken = False  # leave out a folder's images that can't be decoded
+  data.background = "white"  # a name or #rrggbb: under what is transparent in a folder's images
   data.data_dir = ""  # TFDS's folder; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
   data.archive = ""  # CIFAR archive on disk to prepare from, instead of a download
   data.fallback = ""  # dataset to use if `name` is not prepared and can't be downloaded
@@ -75,9 +76,12 @@ def _data() -> ConfigDict:
   # Worker processes that decode streamed images, per process of the run. None: half the number of
   # cores, at most 16 on a host.
   data.workers = config_dict.placeholder(int)
-  data.train_split = "train[:90%]"  # in TFDS's notation
-  data.validation_split = "train[90%:]"  # the last tenth, as with Keras' validation_split=0.1
-  data.test_split = "test"
+  # In TFDS's notation, such as "train[:90%]". None: by what the dataset has. With only `train` and
+  # `test`, the last tenth of `train` validates, as with Keras' validation_split=0.1.
+  data.train_split = config_dict.placeholder(str)
+  data.validation_split = config_dict.placeholder(str)
+  data.test_split = config_dict.placeholder(str)
+  data.max_images = config_dict.placeholder(int)  # of each split, the first ones; None: all
   return data
 
 
@@ -93,11 +97,5 @@ def apply_variant(config: ConfigDict, variant: str | None, variants: dict[str, d
   return config
 
 
-# A run of a few seconds that uses everything: 512 images, two epochs.
-SMOKE = {
-  "epochs": 2,
-  "batch_size": 64,
-  "data.train_split": "train[:512]",
-  "data.validation_split": "train[90%:91%]",
-  "data.test_split": "test[:500]",
-}
+# A run of a few seconds that uses everything: two epochs of 512 images, or what there is.
+SMOKE = {"epochs": 2, "batch_size": 64, "data.max_images": 512}

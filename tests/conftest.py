@@ -34,6 +34,7 @@ SHAPES100_DIR = FOLDER / "tensorflow_datasets"
 # Many tests compile the same step, also in processes of their own.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(FOLDER / "compiled")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+os.environ["XDG_CACHE_HOME"] = str(FOLDER / "cache")  # what is remembered of image folders
 
 
 # What is skipped ----------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def smoke_config(shapes100) -> Callable[..., ConfigDict]:
   def make(name: str = "mixer", **overrides) -> ConfigDict:
     config = importlib.import_module(f"configs.{name}").get_config("smoke")
     config.data.name, config.data.data_dir = "shapes100", str(shapes100)
-    config.data.validation_split = "train[3500:]"
+    config.data.validation_split, config.data.test_split = "train[3500:]", "test[:500]"
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return config
 

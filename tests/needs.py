@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,14 @@ def _cifar100_dir() -> Path | None:
   return folder if (folder / "cifar100" / "3.0.2").is_dir() else None
 
 
+def _may_mount() -> bool:
+  command = ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"]
+  try:
+    return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
+  except (OSError, subprocess.TimeoutExpired):
+    return False
+
+
 CIFAR100_DIR = _cifar100_dir()  # TFDS's folder with CIFAR-100 prepared; None: not found
 
 NEEDS = {
@@ -40,5 +49,6 @@ NEEDS = {
   "linux": Need(
     bool(shutil.which("flock") and shutil.which("setsid")), "Linux's flock and setsid are missing"
   ),
+  "mounts": Need(_may_mount(), "file systems can't be mounted here: root only"),
   "glibc": Need(platform.libc_ver()[0] == "glibc", "the C library is not glibc"),
 }

@@ -28,6 +28,7 @@ COMMAND = [
   *("-m", "train.main", "--config", "configs/mixer.py:smoke"),
   *("--config.data.name=shapes100", f"--config.data.data_dir={SHAPES100_DIR}"),
   *("--config.data.train_split=train[:2560]", "--config.data.validation_split=train[3500:]"),
+  *("--config.data.test_split=test[:500]", "--config.data.max_images=2560"),
   "--config.epochs=3",
   "--config.checkpoint_seconds=0.05",
 ]

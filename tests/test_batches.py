@@ -170,3 +170,28 @@ os.kill(os.getpid(), signal.SIGKILL)
   while any(psutil.pid_exists(pid) for pid in workers):
     assert time.monotonic() < deadline
     time.sleep(0.05)
+
+
+@pytest.mark.needs(what="mounts")
+def test_workers_that_would_overflow_shared_memory_are_threads(shapes100, tmp_path):
+  code = """
+import numpy as np
+from test_batches import batches, splits
+split = splits(in_memory_bytes=0, workers=2).train
+for epoch in range(2):
+  cut = list(batches(split, 64, in_processes=True))
+print(len(cut), sum(int(batch["mask"].sum()) for batch in cut))
+"""
+  script = tmp_path / "read.py"
+  script.write_text(f"if __name__ == '__main__':\n{textwrap.indent(code, '  ')}")
+  paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+  mount = "mount -t tmpfs -o size=600k none /dev/shm && exec"
+  process = subprocess.run(
+    ["unshare", "-m", "sh", "-c", f"{mount} {sys.executable} {script}"],
+    env=os.environ | {"PYTHONPATH": paths},
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  assert (process.returncode, process.stdout) == (0, "10 600\n"), process.stderr
+  assert process.stderr.count("--shm-size=1g") == 1  # in two epochs

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import requests
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 from needs import CIFAR100_DIR
@@ -116,7 +117,7 @@ def test_only_the_asked_splits_are_read(shapes100):
 
 
 def test_describe_knows_sizes_and_classes_without_reading_images(shapes100, monkeypatch):
-  monkeypatch.setattr("train.data.splits.decode", None)
+  monkeypatch.setattr(prepared, "decode", None)
   info = data.describe(data_config(name="shapes100", data_dir=str(shapes100)))
   assert info.sizes == {"train": 3_600, "validation": 400, "test": 1_000}
   assert info.image_shape == (32, 32, 3) and info.num_classes == 100
@@ -204,7 +205,10 @@ def test_a_dataset_without_images_is_refused():
 def test_an_unknown_dataset_is_one_line():
   with pytest.raises(DataError) as error:
     data.describe(data_config(name="cifar_1000"))
-  assert str(error.value) == "--config.data.name=cifar_1000 is no dataset that TFDS knows."
+  assert str(error.value) == (
+    "--config.data.name=cifar_1000 is no dataset that TFDS knows. Near names: cifar100, "
+    "cifar100_n, cifar10, cifar10_n, cifar10_h."
+  )
 
 
 # No network, damaged files ------------------------------------------------------------------------
@@ -226,7 +230,7 @@ def test_without_network_one_message_within_15_seconds(tmp_path):
 
 
 def test_a_silent_host_is_given_up(tmp_path, monkeypatch):
-  monkeypatch.setattr(prepared.urllib.request, "urlopen", lambda *_, **__: time.sleep(5))
+  monkeypatch.setattr(requests, "get", lambda *_, **__: time.sleep(5))
   builder = prepared._builder("cifar100", tmp_path)
   with pytest.raises(UnreachableError, match="no answer within 0.2 seconds"):
     prepared._require_reachable(builder, data_config(data_dir=str(tmp_path)), timeout=0.2)

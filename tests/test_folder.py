@@ -37,10 +37,11 @@ def make_folder(path: Path, train: int = 8, test: int = 3) -> Path:
 
 
 def folder_config(path: Path, **overrides):
-  folder._opened.clear()
+  folder.forget()
   config = default.get_config().data
   config.name = f"folder:{path}"
   config.train_split, config.validation_split = "train[:75%]", "train[75%:]"
+  config.test_split = "test"
   config.update(overrides)
   return config
 
@@ -68,10 +69,15 @@ def test_folder_is_read_like_any_dataset(tmp_path):
 
 def test_an_image_that_is_added_moves_no_other(tmp_path):
   make_folder(tmp_path)
-  before = [folder.open_folder(tmp_path, False).records("train").file(i) for i in range(24)]
+
+  def order(count: int) -> list[str]:
+    folder.forget()
+    records = folder.open_folder(tmp_path).records("train", CLASSES)
+    return [records.file(i) for i in range(count)]
+
+  before = order(24)
   Image.new("RGB", (9, 9)).save(tmp_path / "train" / "owl" / "new.png")
-  folder._opened.clear()
-  after = [folder.open_folder(tmp_path, False).records("train").file(i) for i in range(25)]
+  after = order(25)
   after.remove(str(tmp_path / "train" / "owl" / "new.png"))
   assert after == before
 
@@ -94,7 +100,10 @@ def test_broken_images_are_listed_or_skipped(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("spoil", "message"),
   [
-    (lambda path: os.rename(path / "train", path / "trains"), "/train holds no images"),
+    (
+      lambda path: os.rename(path / "train", path / "trains"),
+      r"'train\[:75%\]' is no split .*trains \(24\)",
+    ),
     (lambda path: os.rename(path / "test" / "owl", path / "test" / "elk"), "elk is a class that"),
     (
       lambda path: os.rename(path / "test", path / "val"),

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from PIL import ImageColor
 
 import mlp_models
 from train.devices.machine import memory_limit
 from train.devices.mesh import FSDP
-from train.errors import ConfigError
-from train.flags import check_knobs, printable, shown
+from train.errors import ConfigError, printable, shown
+from train.knobs import check_knobs
 from train.optimizer import BEST
 
 _MOST = 2**20  # no batch is as large, and no model as wide
@@ -29,6 +30,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
   "mesh.data": (1, _MOST, ", or -1"),
   "mesh.fsdp": (1, _MOST, ", or -1"),
   "data.in_memory_bytes": (0, 2**63, ", or None"),
+  "data.max_images": (1, 2**63, ", or None"),
   "data.workers": (1, 1000, ", or None"),
   "plateau.patience": (1, _INT32, " epoch"),
   "early_stop_patience": (0, _INT32, " (0: never stop)"),
@@ -53,6 +55,10 @@ def check_config(config: ConfigDict) -> None:
       require(value <= most, key, f"at most {most:,}{words}")
   require(config.mesh.data != -1 or config.mesh.fsdp != -1, "mesh.fsdp", "only one axis can be -1")
   require(0 <= config.seed < 2**32, "seed", "from 0 to 2**32 - 1")
+  try:
+    ImageColor.getrgb(config.data.background)
+  except ValueError:
+    require(False, "data.background", "a colour's name, or #rrggbb")
   require(0 < config.checkpoint_seconds < math.inf, "checkpoint_seconds", "a number above 0")
   require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
   require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")

@@ -6,7 +6,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
+
+_MOST_SHOWN = 200  # characters of a value that a message repeats
 
 debug = False  # print the traceback behind an error, as `--debug` asks
 
@@ -47,6 +49,20 @@ def first_line(error: BaseException) -> str:
   """The first line of an error's message, as a sentence."""
   text = str(error).strip() or type(error).__name__
   return text.splitlines()[0].rstrip(".") + "."
+
+
+def printable(text: str) -> str:
+  """The text on one line: line breaks and what no terminal shows are escaped, long text is cut."""
+  line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+  return line if len(line) <= _MOST_SHOWN else f"{line[:_MOST_SHOWN]}..."
+
+
+def shown(value: Any) -> str:
+  """A value as a message shows it."""
+  try:
+    return printable(repr(value))
+  except Exception:  # of a whole number with more than 4,300 digits, or of an object
+    return f"a value of type {type(value).__name__}"
 
 
 def fail(error: object, status: int) -> NoReturn:

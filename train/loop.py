@@ -110,7 +110,8 @@ def claim(config: ConfigDict, folder: epath.Path) -> data.DatasetInfo:
   """Finds or prepares the dataset and makes the workdir this run's; all processes agree on both."""
   with hosts.first_goes_first():
     config.data = data.resolve(config.data)
-  info = data.describe(config.data, data.Processes(hosts.share, hosts.gather))
+  processes = data.Processes(hosts.share, hosts.gather)
+  info = data.describe(config.data, processes, config.model.image_size)
   with hosts.first_goes_first():
     workdir.claim(folder, config, info)
   summary, is_there = metrics.read_summary(folder), (folder / "config.json").exists()

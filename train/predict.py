@@ -7,6 +7,7 @@ folder, all images below it are classified. Images that can't be read are report
 others are still classified, and the exit status is 1.
 """
 
+import collections
 import io
 import itertools
 import json
@@ -22,11 +23,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from train import augment, flags
 from train.data.decode import decode_file
-from train.data.files import image_files
+from train.data.listing import image_files
+from train.data.names import FOLDER
 from train.devices.compile import skip_missing_tpu
 from train.devices.machine import cores
 from train.devices.mesh import by_example, fitting_sizes, make_mesh
-from train.errors import WorkdirError, fail, first_line, until_nobody_reads
+from train.errors import DataError, WorkdirError, fail, first_line, until_nobody_reads
 from train.run.checkpoint import TrainedModel, load_trained_model
 from train.run.workdir import from_flag
 from train.state import apply_model
@@ -102,7 +104,7 @@ def main() -> None:
 
 
 def _files(arguments: Sequence[str]) -> Iterator[str]:
-  """The files of the arguments, in order; a folder without images stands for itself."""
+  """The files of the arguments, in order; a folder itself if it can't be read or holds none."""
   for argument in arguments:
     path = argument if os.path.lexists(argument) else os.path.expanduser(argument)
     if not os.path.isdir(path):
@@ -111,20 +113,20 @@ def _files(arguments: Sequence[str]) -> Iterator[str]:
     found = image_files(path)
     try:
       yield from itertools.chain([next(found, path)], found)
-    except OSError as error:
-      yield error.filename
+    except DataError:
+      yield path
 
 
 def _answer(trained: TrainedModel, mesh: Mesh, paths: Iterator[str], as_json: bool) -> bool:
   """Prints an answer for each file, or on stderr why there is none; whether all had one."""
   shape = trained.info.shape_in_memory(trained.config.model.image_size)
   data = trained.config.data
-  upright = data.name.startswith("folder:")  # TFDS does not turn photos
+  upright = data.name.startswith(FOLDER)  # TFDS does not turn photos
 
   def read(path: str) -> np.ndarray | Exception:
     try:
       if os.path.isdir(path):
-        os.listdir(path)  # raises if it can't be read
+        collections.deque(image_files(path), maxlen=0)  # raises if a folder can't be read
         raise ValueError("a folder without images")
       return decode_file(
         Path(path).read_bytes(), shape, background=data.background, upright=upright

@@ -5,17 +5,28 @@ without TensorFlow, or an image folder. Sets that fit are kept in memory, others
 """
 
 import concurrent.futures
+import os
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 from ml_collections import ConfigDict
 
-from train.data import prepared
-from train.data.folder import ALONE, Processes, open_folder
-from train.data.splits import AnySplit, Dataset, DatasetInfo, Split, StreamedSplit
+from train.data import folder, prepared
+from train.data.default_splits import USUAL, choose, explain, names_in
+from train.data.names import FOLDER
+from train.data.splits import (
+  AnySplit,
+  Dataset,
+  DatasetInfo,
+  Split,
+  StreamedSplit,
+  join_classes,
+)
+from train.data.verdicts import ALONE, Processes
 from train.devices.machine import cores, memory_limit
 from train.errors import DataError, UnreachableError
 
@@ -36,55 +47,67 @@ __all__ = [
 
 SPLITS = ("train", "validation", "test")
 _CHUNK = 1024  # images that a thread reads at a time
-_FOLDER = "folder:"  # before the path of an image folder
 _MAX_WORKERS = 16
 
 
 def resolve(data_config: ConfigDict) -> ConfigDict:
-  """Finds a TFDS dataset prepared on disk, or prepares it.
+  """Finds a dataset on disk, or prepares it, and chooses the splits that are None.
 
   Args:
     data_config: `config.data`; `fallback` names the dataset to use if `name` is unavailable.
   Returns:
-    `data_config`, or a copy with the fallback's name after a notice on stderr.
+    A copy with the absolute path of an image folder, with all splits, and with the fallback's name
+    after a notice on stderr. Another line on stderr explains unusual splits.
   Raises:
     DataError: the dataset is broken, or unavailable without a fallback.
   """
+  data_config = data_config.copy_and_resolve_references()
+  folder.forget()  # look at what is there now
+  if _is_folder(data_config):
+    data_config.name = f"{FOLDER}{_path(data_config)}"
   try:
-    _prepare(data_config)
-    return data_config
+    source = _open(data_config)
   except UnreachableError as error:
     if not data_config.fallback:
       raise
     reason = str(error).splitlines()[0]
-  notice = (
-    f"NOT TRAINING ON {data_config.name.upper()}. {reason} "
-    f'Instead, this run uses the embedded dataset "{data_config.fallback}": drawn shapes. '
-    f"Its accuracies say nothing about {data_config.name}."
-  )
-  print(_boxed(notice), file=sys.stderr, flush=True)
-  data_config = data_config.copy_and_resolve_references()
-  data_config.name = data_config.fallback
-  _prepare(data_config)
+    notice = (
+      f"NOT TRAINING ON {data_config.name.upper()}. {reason} "
+      f'Instead, this run uses the embedded dataset "{data_config.fallback}": drawn shapes. '
+      f"Its accuracies say nothing about {data_config.name}."
+    )
+    print(_boxed(notice), file=sys.stderr, flush=True)
+    data_config.name = data_config.fallback
+    source = _open(data_config)
+  splits = _splits(source, data_config)
+  by_itself = [key for key in splits if data_config[f"{key}_split"] is None]
+  if any(splits[key] != USUAL[key] for key in by_itself):
+    chosen = ", ".join(f"{key} on {value!r}" for key, value in splits.items())
+    is_flat = isinstance(source, folder.Folder) and source.is_flat
+    reason = explain(splits, is_flat) if len(by_itself) == len(splits) else ""
+    print(f"{data_config.name}: {chosen}{reason}.", file=sys.stderr, flush=True)
+  data_config.update({f"{key}_split": value for key, value in splits.items()})
   return data_config
 
 
-def _prepare(data_config):
-  """Prepares a TFDS dataset. An image folder needs no preparation; `describe` checks it."""
-  if not data_config.name.startswith(_FOLDER):
-    prepared.open_prepared(data_config)
-
-
-def describe(data_config: ConfigDict, processes: Processes = ALONE) -> DatasetInfo:
-  """Classes, image shape and split sizes; prepares the dataset if needed, but keeps no images.
+def describe(
+  data_config: ConfigDict, processes: Processes = ALONE, image_size: int | None = None
+) -> DatasetInfo:
+  """Classes, image shape and split sizes; prepares the dataset if needed.
 
   Args:
     data_config: `config.data`.
-    processes: those that make this call together; each checks its part of a folder's images.
+    processes: those that make this call together; each looks at its part of a folder's images.
+    image_size: as for `load`, if it follows: what the look at a folder has decoded is kept for it,
+      within the limits of memory. None: no image is kept.
   Raises:
     DataError: the dataset is unavailable, broken, or not an image-classification set.
   """
-  return _describe(_open(data_config, processes), data_config)
+  source = _open(data_config)
+  splits = _splits(source, data_config)
+  alone = len(processes.share((0, 1))) == 2
+  _look(source, data_config, splits, processes, image_size if alone else None)
+  return _describe(source, data_config, splits)
 
 
 def foresee(data_config: ConfigDict, train_images: int | None = None) -> DatasetInfo:
@@ -95,7 +118,7 @@ def foresee(data_config: ConfigDict, train_images: int | None = None) -> Dataset
   Raises:
     DataError: TFDS does not know the dataset, or its size is not known.
   """
-  if data_config.name.startswith(_FOLDER):
+  if _is_folder(data_config):
     return describe(data_config)
   source = prepared.foresee(data_config)
   if train_images:
@@ -106,40 +129,119 @@ def foresee(data_config: ConfigDict, train_images: int | None = None) -> Dataset
       f"{data_config.name} is not prepared in {prepared.data_dir(data_config)}, so its number of "
       "images is unknown: --images=N says how many train."
     )
-  return _describe(source, data_config)
+  return _describe(source, data_config, _splits(source, data_config))
 
 
-def move(data_config: ConfigDict, folder: str) -> None:
-  """Points to a dataset that has moved to `folder`: TFDS's data_dir, or the image folder itself."""
-  if data_config.name.startswith(_FOLDER):
-    data_config.name = _FOLDER + folder
-  else:
-    data_config.data_dir = folder
+def move(data_config: ConfigDict, path: str) -> None:
+  """Points to a dataset that has moved to `path`: TFDS's data_dir, or the image folder itself.
 
-
-def _describe(source, data_config) -> DatasetInfo:
-  sizes = {}
+  Splits that a folder lacks are chosen anew, as for a folder that holds nothing but `test`.
+  """
+  if not _is_folder(data_config):
+    data_config.data_dir = path
+    return
+  data_config.name = FOLDER + path
+  names = _open(data_config).names
   for split in SPLITS:
-    instruction = data_config[f"{split}_split"]
+    if not set(names_in(data_config[f"{split}_split"] or "")) <= set(names):
+      data_config[f"{split}_split"] = None
+
+
+def _is_folder(data_config) -> bool:
+  return data_config.name.startswith(FOLDER)
+
+
+def _path(data_config) -> Path:
+  path = data_config.name.removeprefix(FOLDER)
+  if not path:
+    raise DataError(f"--config.data.name={data_config.name}: the path is missing: {FOLDER}PATH.")
+  return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _open(data_config) -> "folder.Folder | prepared.TfdsSet":
+  """The dataset on disk, prepared if needed: class names, image shape, sizes and records."""
+  if _is_folder(data_config):
+    background = data_config.get("background", "white")  # older runs' configs name none
+    return folder.open_folder(_path(data_config), background, data_config.skip_broken)
+  return prepared.open_prepared(data_config)
+
+
+def _splits(source, data_config, wanted: Sequence[str] = SPLITS) -> dict[str, str]:
+  """The wanted splits in TFDS's notation: as in the config, or chosen if that says None."""
+  given = {split: data_config[f"{split}_split"] for split in wanted}
+  if None not in given.values():
+    return given
+  dataset = "" if _is_folder(data_config) else data_config.name.split("/")[0].split(":")[0]
+  chosen = choose(dataset, source.usual_names, source.size("train"))
+  for split in wanted:
+    if given[split] is None and split not in chosen:
+      has = ", ".join(source.names)
+      raise DataError(f"{data_config.name} has no split for config.data.{split}_split, only {has}.")
+    given[split] = given[split] or chosen[split]
+  return given
+
+
+def _look(source, data_config, splits, processes, image_size, sharers=1) -> None:
+  """Looks at the images of a folder that are in use, and keeps them if they will be in memory."""
+  if not isinstance(source, folder.Folder):
+    return
+  shape = None
+  if image_size is not None:
+    shape = (image_size, image_size, source.image_shape[-1])
+    names = {name for instruction in splits.values() for name in names_in(instruction)}
+    if not _fits(sum(map(source.size, names)), shape, data_config, sharers):
+      shape = None
+  source.look(list(splits.values()), processes, shape)
+
+
+def _describe(source, data_config, splits) -> DatasetInfo:
+  class_names = _class_names(source, data_config, splits)
+  records = _records(source, data_config, splits, class_names)
+  sizes = {split: len(found) for split, found in records.items()}
+  return DatasetInfo(data_config.name, class_names, source.image_shape, sizes)
+
+
+def _class_names(source, data_config, splits) -> tuple[str, ...]:
+  """Names of the labels; a folder's classes are those that train, or that a lone split holds."""
+  if not isinstance(source, folder.Folder):
+    return source.class_names
+  instruction = splits.get("train") or data_config.train_split or "train"
+  names = source.classes_of(instruction)
+  if not names and "train" not in splits:
+    names = tuple(sorted({n for i in splits.values() for n in source.classes_of(i)}))
+  for other in splits.values():
+    if names and (unknown := sorted(set(source.classes_of(other)) - set(names))):
+      raise DataError(
+        f"{data_config.name}: {unknown[0]} is a class that {instruction!r} lacks and {other!r} has."
+      )
+  return names
+
+
+def _records(source, data_config, splits, class_names) -> dict:
+  """The records of each split. Raises DataError if a split is not there, or holds no image."""
+  found = {}
+  for split, instruction in splits.items():
+    limit = data_config.get("max_images")
+    named = f"config.data.{split}_split = {instruction!r}"
     try:
-      sizes[split] = len(source.records(instruction))
+      if isinstance(source, folder.Folder):
+        found[split] = source.records(instruction, class_names, limit)
+      else:
+        found[split] = source.records(instruction, limit)
     except (KeyError, ValueError, AssertionError):
       known = ", ".join(f"{name} ({size:,})" for name, size in source.sizes.items())
-      raise DataError(
-        f"config.data.{split}_split = {instruction!r} is no split of {data_config.name}, "
-        f"which has {known}."
-      ) from None
-    if not sizes[split]:
-      raise DataError(f"config.data.{split}_split = {instruction!r} holds no image.")
-  return DatasetInfo(data_config.name, source.class_names, source.image_shape, sizes)
+      raise DataError(f"{named} is no split of {data_config.name}, which has {known}.") from None
+    if not len(found[split]):
+      raise DataError(f"{named} holds no image.")
+  return found
 
 
-def _open(data_config, processes=ALONE):
-  """The dataset on disk, prepared if needed: class names, image shape, sizes and records."""
-  if data_config.name.startswith(_FOLDER):
-    path = Path(data_config.name.removeprefix(_FOLDER)).expanduser().absolute()
-    return open_folder(path, data_config.skip_broken, processes)
-  return prepared.open_prepared(data_config)
+def _fits(images: int, shape: tuple[int, ...], data_config, sharers: int, kept: int = 0) -> bool:
+  """Whether so many images may be in memory, which holds `kept` bytes of them already."""
+  limit = data_config.in_memory_bytes
+  limit = memory_limit() // 4 if limit is None else limit
+  needed = images * int(np.prod(shape)) * sharers
+  return needed <= min(limit, psutil.virtual_memory().available + kept)
 
 
 def _boxed(text):
@@ -149,7 +251,11 @@ def _boxed(text):
 
 
 def load(
-  data_config: ConfigDict, image_size: int, splits: tuple[str, ...] = SPLITS, sharers: int = 1
+  data_config: ConfigDict,
+  image_size: int,
+  splits: tuple[str, ...] = SPLITS,
+  sharers: int = 1,
+  class_names: Sequence[str] | None = None,
 ) -> Dataset:
   """Opens a dataset, prepared first if needed, and reads it into memory if it fits.
 
@@ -157,26 +263,45 @@ def load(
     data_config: `config.data`.
     image_size: height and width in pixels to which images of differing sizes are resized; if all
       have one size, they keep it.
-    splits: which of "train", "validation" and "test" to open.
+    splits: which of "train", "validation" and "test" to open; nothing else is looked at.
     sharers: processes that open it on this host at the same time, and share memory and cores.
+    class_names: a run's classes, to which the dataset's are joined by name; labels are their
+      places. None: the dataset's own.
   Raises:
-    DataError: the dataset is unavailable or broken.
+    DataError: the dataset is unavailable or broken, has labels that are no class, or has images of
+      a class that is not in `class_names`.
   """
-  info = describe(data_config)
   source = _open(data_config)
+  used = _splits(source, data_config, splits)
+  _look(source, data_config, used, ALONE, image_size, sharers)
+  if class_names is None:
+    names = own = _class_names(source, data_config, used)
+  else:
+    names, own = tuple(class_names), _own_names(source, used)
+  info = DatasetInfo(data_config.name, names, source.image_shape, {})
   shape = info.shape_in_memory(image_size)
   workers = data_config.workers or max(1, min(cores() // 2, _MAX_WORKERS // sharers))
-  streamed = {
-    split: StreamedSplit(source.records(data_config[f"{split}_split"]), shape, workers)
-    for split in splits
-  }
-  needed = sum(map(len, streamed.values())) * int(np.prod(shape))
-  limit = data_config.in_memory_bytes
-  limit = memory_limit() // 4 if limit is None else limit
-  if needed * sharers <= min(limit, psutil.virtual_memory().available):
+  streamed = {}
+  for split, records in _records(source, data_config, used, own).items():
+    said = f"{data_config.name}: {split}_split = {used[split]!r}"
+    streamed[split] = StreamedSplit(records, shape, workers, join_classes(said, own, names))
+  kept = source.kept if isinstance(source, folder.Folder) else {}
+  kept_bytes = sum(image.nbytes for image in kept.values())
+  if _fits(sum(map(len, streamed.values())), shape, data_config, sharers, kept_bytes):
     in_memory = {name: _read(split) for name, split in streamed.items()}
+    kept.clear()
     return Dataset(info.name, info.class_names, **in_memory)
+  kept.clear()
+  for part in streamed.values():
+    part.check_labels()
   return Dataset(info.name, info.class_names, **streamed)
+
+
+def _own_names(source, splits) -> tuple[str, ...]:
+  """The names of a dataset's labels, whatever a run calls them."""
+  if not isinstance(source, folder.Folder):
+    return source.class_names
+  return tuple(sorted({name for i in splits.values() for name in source.classes_of(i)}))
 
 
 def _read(streamed: StreamedSplit) -> Split:

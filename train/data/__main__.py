@@ -8,7 +8,7 @@ import argparse
 
 from ml_collections import ConfigDict
 
-from train import flags
+from train import flags, knobs
 from train.data.prepared import open_prepared
 from train.data.show import draw_samples
 from train.errors import DataError, fail
@@ -34,7 +34,7 @@ def main() -> None:
   try:
     if arguments.command == "show":
       arguments, config = flags.parse(parser)
-      flags.check_knobs(config)
+      knobs.check_knobs(config)
       import mlp_models  # late: imports JAX, which `prepare` does not need
 
       if not arguments.output.parent.is_dir():

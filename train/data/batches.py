@@ -10,8 +10,10 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Generator, Iterator, Mapping
@@ -28,6 +30,7 @@ from train.interrupt import SIGNALS
 
 Batch = Mapping[str, np.ndarray]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
 
+_SHARED_MEMORY = "/dev/shm"  # Linux's; 64 MB in docker's containers by default
 _PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
 
@@ -87,7 +90,7 @@ def batches(
     numbers: batches to yield, counted over all epochs; None: one epoch.
     rows: rows of each batch to yield, such as this process' own; None: all.
     in_processes: decode a streamed split in worker processes, which take seconds to start, instead
-      of threads.
+      of threads, if shared memory has room for their batches.
   Yields:
     {"image": uint8 [B, H, W, C], "label": int32 [B], "mask": bool [B]}, or only the `rows` of it.
     An epoch's last batch is padded with rows whose mask is False.
@@ -101,6 +104,9 @@ def batches(
   if not source:
     return
   if isinstance(split, StreamedSplit):
+    if in_processes:
+      batch_bytes = len(rows) * math.prod(split.shape)
+      in_processes = _fits_shared_memory(batch_bytes, min(split.workers, len(source)))
     yield from _stream(source, split.workers, in_processes)
   else:
     yield from map(source.__getitem__, range(len(source)))
@@ -123,6 +129,33 @@ def _stream(source: _Batches, workers: int, in_processes: bool) -> Iterator[Batc
     dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
   with contextlib.closing(iter(dataset)) as iterator:
     yield from iterator
+
+
+def _fits_shared_memory(batch_bytes: int, workers: int) -> bool:
+  """Whether the batches that workers hand over fit in shared memory; says once if they do not.
+
+  A worker that writes more than fits is killed by the kernel (SIGBUS).
+  """
+  # Each worker makes one while another is in its queue; those taken wait to be placed on devices.
+  needed = batch_bytes * (3 * workers + 4)
+  try:
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+  except OSError:  # a system that keeps it elsewhere
+    return True
+  if needed > free:
+    _advise_shared_memory(needed, workers)
+  return needed <= free
+
+
+@functools.cache  # once
+def _advise_shared_memory(needed: int, workers: int) -> None:
+  print(
+    f"{_SHARED_MEMORY} is too small for {workers} workers, which need {needed / 1e6:,.0f} MB: "
+    "images are decoded in threads, which may be slower. In a container "
+    f"--shm-size={-(-needed // 2**30)}g helps.",
+    file=sys.stderr,
+    flush=True,
+  )
 
 
 def _begin_worker(worker: int, workers: int) -> None:

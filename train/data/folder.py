@@ -1,50 +1,66 @@
-"""Image folders: PATH/{train,test}/CLASS/*.png|jpg, read like TFDS's datasets."""
+"""Image folders, PATH/{train,test}/CLASS/FILE or PATH/CLASS/FILE, read like TFDS's datasets."""
 
-import concurrent.futures
+import bisect
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from PIL import Image
+import numpy as np
 
-from train.devices.machine import cores
+from train.data import listing, verdicts
+from train.data.decode import decode_file
+from train.data.default_splits import FEW, KNOWN, names_in
+from train.data.listing import Contents
+from train.data.verdicts import ALONE, Processes
 from train.errors import DataError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 _MOST_LISTED = 20  # broken images that a message names
-
-
-class Processes(NamedTuple):
-  """How the processes that open a folder together divide the work.
-
-  share: returns this process' part of a sequence that is the same in all processes.
-  gather: returns every process' argument (of JSON's types), in order; waits for all of them.
-  """
-
-  share: Callable[[Sequence], Sequence]
-  gather: Callable[[Any], list]
-
-
-ALONE = Processes(share=lambda items: items, gather=lambda content: [content])
-_opened: dict[tuple[Path, bool], "Folder"] = {}  # the last folder, to check its images only once
+_PARTS = {"train": 0.8, "validation": 0.9, "test": 1.0}  # without splits: where each part ends
+_opened: dict[tuple[Path, str, bool], "Folder"] = {}  # the last one, to look at its images once
 
 
 class Records:
-  """Encoded images and their labels, by index."""
+  """Images and their labels, by index."""
 
   advice = "Move it out of the folder, or save it anew as a PNG."  # if a file can't be read
 
-  def __init__(self, paths: Sequence[str], labels: Sequence[int]):
-    self._paths, self._labels = paths, labels
+  def __init__(
+    self,
+    paths: Sequence[str],
+    labels: Sequence[int],
+    background: str = "white",
+    kept: dict[str, np.ndarray] | None = None,
+  ):
+    """
+    Args:
+      paths, labels: of the images.
+      background: on which transparent pixels are composed.
+      kept: images that are decoded already, by path; each is taken out when it is read.
+    """
+    self._paths, self._labels, self._background = paths, labels, background
+    self._kept = {} if kept is None else kept
 
   def __len__(self) -> int:
     return len(self._paths)
 
-  def read(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
-    """Encoded files and labels of some rows."""
-    return [(Path(self._paths[row]).read_bytes(), self._labels[row]) for row in rows]
+  def __getstate__(self) -> dict:  # for worker processes, which decode
+    return vars(self) | {"_kept": {}}
+
+  def read(
+    self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int, int]
+  ) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields image (uint8 of `shape`, H, W and C) and label of some rows."""
+    for row in rows:
+      path = self._paths[row]
+      image = self._kept.pop(path, None)
+      if image is None or image.shape != shape:
+        image = _decode(path, shape, self._background)
+      yield image, self._labels[row]
+
+  def labels(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Labels of some rows, without a look at the images."""
+    return np.asarray(self._labels, np.int64)[np.asarray(rows)]
 
   def file(self, row: int) -> str:
     """The file that holds a record."""
@@ -52,113 +68,195 @@ class Records:
 
 
 class Folder:
-  """A dataset of images in folders; PATH's subfolders are its splits.
+  """A dataset of images in folders.
 
-  A split is ordered by a hash of CLASS/FILE. This mixes the classes, so that the last tenth of a
-  split is a fair sample of it, and a new image does not reorder the others.
+  PATH's subfolders are its splits; if they are its classes, images are split by a hash of
+  CLASS/FILE. A split is ordered by the same hash. This mixes the classes, so that the last tenth of
+  a split is a fair sample of it, and a new image does not reorder the others.
   """
 
   image_shape = (None, None, 3)
 
-  def __init__(self, path: Path, skip_broken: bool = False, processes: Processes = ALONE):
+  def __init__(self, path: Path, background: str = "white", skip_broken: bool = False):
     """
     Args:
       path: the folder.
+      background: on which transparent pixels are composed.
       skip_broken: leave out images that can't be decoded, and list them on stderr.
-      processes: those that open the folder together.
     Raises:
-      DataError: the path is not a folder, holds no images, or holds broken ones.
+      DataError: the path is not a folder, or holds no images in class folders.
     """
     if not path.is_dir():
       raise DataError(f"config.data.name = folder:{path}: that is no folder.")
-    files = {
-      split.name: {
-        class_folder.name: sorted(
-          f for f in class_folder.iterdir() if f.suffix.lower() in _SUFFIXES
-        )
-        for class_folder in _folders(split)
-      }
-      for split in _folders(path)
-    }
-    files = {split: classes for split, classes in files.items() if any(classes.values())}
-    if "train" not in files:
-      raise DataError(f"{path}/train holds no images: they belong in train/CLASS/*.png or *.jpg.")
-    self.class_names = tuple(sorted(files["train"]))
-    for split, classes in files.items():
-      if unknown := sorted(classes.keys() - files["train"].keys()):
-        raise DataError(f"{path / split / unknown[0]} is a class that {path}/train lacks.")
-    every_file = [f for classes in files.values() for fs in classes.values() for f in fs]
-    broken = _broken(every_file, processes)
-    if broken:
-      _report(path, broken, skip_broken)
-    self._splits = {
-      split: sorted(
-        (_hash(f), str(f), self.class_names.index(name))
-        for name, fs in classes.items()
-        for f in fs
-        if f not in broken
-      )
-      for split, classes in files.items()
-    }
-    self.sizes = {split: len(rows) for split, rows in self._splits.items()}
+    self._path, self._background, self._skip_broken = path, background, skip_broken
+    folders = listing.split_folders(path)
+    self.is_flat = folders is None
+    self._folders = folders if folders is not None else {}
+    self._read: dict[str, Contents] = _hash_splits(path) if self.is_flat else {}
+    self._seen: set[str] = set()  # splits whose images were looked at
+    self.kept: dict[str, np.ndarray] = {}  # images decoded by `look`, by path
 
-  def records(self, instruction: str) -> Records:
+  @property
+  def names(self) -> list[str]:
+    """Splits, those with images."""
+    return [name for name in (self._read if self.is_flat else self._folders) if self.size(name)]
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Images in each split."""
+    return {name: self.size(name) for name in self.names}
+
+  @property
+  def usual_names(self) -> list[str]:
+    """Splits that may be used without being named in the config."""
+    return [name for name in (self._read or self._folders) if name in KNOWN and self.size(name)]
+
+  def size(self, name: str) -> int:
+    """Images in a split; 0 if there is none of this name."""
+    return len(self._contents(name))
+
+  def _contents(self, name: str) -> Contents:
+    if name not in self._read:
+      found = name in self._folders
+      self._read[name] = listing.contents(self._folders[name]) if found else Contents()
+    return self._read[name]
+
+  def look(
+    self,
+    instructions: Sequence[str],
+    processes: Processes = ALONE,
+    shape: tuple[int, int, int] | None = None,
+  ) -> None:
+    """Looks at every image of the splits in use, those seen before excepted.
+
+    Args:
+      instructions: in TFDS's notation.
+      processes: those that open the folder together; each looks at its part of the images.
+      shape: H, W and C of the images to keep for `Records.read`; None: keep none.
+    Raises:
+      DataError: there are broken images, which should not be skipped.
+    """
+    names = sorted({name for i in instructions for name in names_in(i)} - self._seen)
+    files = [f for name in names for found in self._contents(name).classes.values() for f in found]
+
+    def decode(path: str) -> None:
+      image = _decode(path, shape or (1, 1, 3), self._background)
+      if shape:
+        self.kept[path] = image
+
+    broken = verdicts.look(self._path, files, decode, processes)
+    self._seen.update(names)
+    if broken:
+      _report(self._path, broken, self._skip_broken)
+    for name in names:
+      classes = self._contents(name).classes
+      for key, found in classes.items():
+        classes[key] = [file for file in found if file.path not in broken]
+    if processes.share((0,)):  # the first of them
+      for line in self._remarks(names):
+        print(line, file=sys.stderr, flush=True)
+
+  def _remarks(self, names: Sequence[str]) -> Iterator[str]:
+    """What is to be said about some splits, besides broken images."""
+    every = [self._contents(name) for name in names]
+    if left_out := sum((contents.left_out for contents in every), start=Contents().left_out):
+      yield f"{self._path}: {listing.describe_left_out(left_out)}"
+    if stray := sum(contents.stray for contents in every):
+      yield f"{self._path}: left out: {stray:,} images that lie in no class folder"
+    empty = {key for c in every for key, found in c.classes.items() if not found}
+    empty -= {key for c in every for key, found in c.classes.items() if found}
+    if empty:
+      yield f"{self._path}: no class, since without images: {', '.join(sorted(empty))}"
+
+  def classes_of(self, instruction: str) -> tuple[str, ...]:
+    """Names of the classes with images in the splits of an instruction, in order."""
+    every = [self._contents(name).classes for name in names_in(instruction)]
+    return tuple(sorted({key for classes in every for key, found in classes.items() if found}))
+
+  def records(
+    self, instruction: str, class_names: Sequence[str], limit: int | None = None
+  ) -> Records:
     """The records of a split, or of a part of it.
 
     Args:
       instruction: in TFDS's notation, such as "train[:90%]".
+      class_names: a class' label is its place in them; -1: it has none.
+      limit: the most records.
     Raises:
       KeyError, ValueError, AssertionError: there is no such split.
     """
     import tensorflow_datasets as tfds  # late: slow to import
 
     infos = {
-      name: tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
-      for name, size in self.sizes.items()
+      name: tfds.core.SplitInfo(name=name, shard_lengths=[self.size(name)], num_bytes=0)
+      for name in names_in(instruction)
+      if self.size(name)
     }
-    rows = []
+    labels = {name: label for label, name in enumerate(class_names)}
+    rows: list[tuple[str, str, int]] = []
     for part in tfds.core.ReadInstruction.from_spec(instruction).to_absolute(infos):
-      rows += self._splits[part.splitname][part.from_ : part.to]
-    return Records([path for _, path, _ in rows], [label for _, _, label in rows])
+      every = sorted(
+        (_hash(file.key), file.path, labels.get(name, -1))
+        for name, found in self._contents(part.splitname).classes.items()
+        for file in found
+      )
+      rows += every[part.from_ : part.to]
+    rows = rows[:limit]
+    return Records(
+      [path for _, path, _ in rows], [label for _, _, label in rows], self._background, self.kept
+    )
 
 
-def open_folder(path: Path, skip_broken: bool, processes: Processes = ALONE) -> Folder:
-  """The dataset of a folder; its images are checked once. All processes must call this."""
-  key = (path, skip_broken)  # not `processes`: what one call has checked serves all
+def open_folder(path: Path, background: str = "white", skip_broken: bool = False) -> Folder:
+  """The dataset of a folder, the last one from memory."""
+  key = (path, background, skip_broken)
   if key not in _opened:
-    folder = Folder(path, skip_broken, processes)
+    folder = Folder(path, background, skip_broken)
     _opened.clear()
     _opened[key] = folder
   return _opened[key]
 
 
-def _folders(path: Path) -> list[Path]:
-  return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+def forget() -> None:
+  """Forgets the last folder, so that it is listed anew."""
+  _opened.clear()
 
 
-def _hash(file: Path) -> str:
-  return hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).hexdigest()
+def _hash_splits(path: Path) -> dict[str, Contents]:
+  """Splits of a folder whose subfolders are the classes: 80/10/10, by a hash of CLASS/FILE.
+
+  Every class trains, and no split is empty if another has images to spare.
+  """
+  whole = listing.contents(str(path))
+  whole.left_out.clear()  # anything may lie beside the class folders
+  splits = {name: Contents() for name in _PARTS}
+  train = splits["train"] = whole
+  if len(whole) < FEW:
+    return splits
+  for name, found in whole.classes.items():
+    found.sort(key=lambda file: _hash(file.key))
+    places = [int(_hash(file.key)[:8], 16) / 2**32 for file in found]
+    start = max(1, bisect.bisect_left(places, _PARTS["train"]))
+    middle = max(start, bisect.bisect_left(places, _PARTS["validation"]))
+    splits["validation"].classes[name] = found[start:middle]
+    splits["test"].classes[name] = found[middle:]
+    train.classes[name] = found[:start]
+  for part in (splits["test"], splits["validation"]):
+    largest = max(train.classes, key=lambda name: len(train.classes[name]))
+    if not len(part) and len(train.classes[largest]) > 1:
+      part.classes[largest] = [train.classes[largest].pop()]
+  return splits
 
 
-def _broken(files: Sequence[Path], processes: Processes) -> dict[Path, str]:
-  """Broken files, and why. Pillow refuses truncated images, which OpenCV fills with grey."""
-
-  def look(file: Path) -> str:
-    try:
-      with Image.open(file) as image:
-        image.load()
-      return ""
-    except Exception as error:  # Pillow's decoders raise errors of any type
-      return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-  mine = processes.share(files)
-  with concurrent.futures.ThreadPoolExecutor(cores()) as threads:  # decoders release Python's lock
-    reasons = zip(mine, threads.map(look, mine), strict=True)
-    found = [(str(file), reason) for file, reason in reasons if reason]
-  return {Path(file): reason for part in processes.gather(found) for file, reason in part}
+def _hash(key: str) -> str:
+  return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _report(path: Path, broken: dict[Path, str], skipped: bool) -> None:
+def _decode(path: str, shape: tuple[int, int, int], background: str) -> np.ndarray:
+  return decode_file(Path(path).read_bytes(), shape, background=background, upright=True)
+
+
+def _report(path: Path, broken: dict[str, str], skipped: bool) -> None:
   lines = [f"  {file}: {reason}" for file, reason in sorted(broken.items())[:_MOST_LISTED]]
   if len(broken) > _MOST_LISTED:
     lines.append(f"  and {len(broken) - _MOST_LISTED:,} more")

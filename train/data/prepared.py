@@ -7,13 +7,14 @@ import json
 import os
 import sys
 import threading
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from train.data import names
+from train.data.decode import decode
 from train.errors import DataError, UnreachableError, first_line
 
 _NOTHING_DELETED = (
@@ -47,31 +48,43 @@ class TfdsSet:
     height, width, channels = builder.info.features["image"].shape
     self.image_shape = (height, width, channels or 3)
     self.sizes = {name: split.num_examples for name, split in self._splits.items()}
+    self.names = self.usual_names = list(self.sizes)
 
-  def records(self, instruction: str) -> "Records":
+  def size(self, name: str) -> int:
+    """Images in a split; 0 if there is none of this name."""
+    return self.sizes.get(name, 0)
+
+  def records(self, instruction: str, limit: int | None = None) -> "Records":
     """The records of a split, or of a part of it.
 
     Args:
       instruction: in TFDS's notation, such as "train[:90%]".
+      limit: the most records.
     Raises:
       KeyError, ValueError, AssertionError: there is no such split.
     """
-    return Records(self._splits[instruction].file_instructions)
+    return Records(self._splits[instruction].file_instructions, limit)
 
 
 class Records:
-  """Encoded images of a split in ArrayRecord files, and their labels, by index."""
+  """Images of a split in ArrayRecord files, and their labels, by index."""
 
   advice = _NOTHING_DELETED  # if a record can't be read
 
-  def __init__(self, files: Sequence):
-    """files: TFDS's file instructions, each a file and a range of its records."""
+  def __init__(self, files: Sequence, limit: int | None = None):
+    """
+    Args:
+      files: TFDS's file instructions, each a file and a range of its records.
+      limit: the most records.
+    """
     self._files = files
     lengths = [f.examples_in_shard - f.skip if f.take == -1 else f.take for f in files]
     self._ends = np.cumsum(lengths)
+    whole = int(self._ends[-1]) if len(self._ends) else 0
+    self._length = whole if limit is None else min(whole, limit)
 
   def __len__(self):
-    return int(self._ends[-1]) if len(self._ends) else 0
+    return self._length
 
   @functools.cached_property
   def _source(self):
@@ -82,17 +95,24 @@ class Records:
   def __getstate__(self):  # for worker processes, which open the files themselves
     return {key: value for key, value in vars(self).items() if key != "_source"}
 
-  def read(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
-    """Encoded images (PNG or JPEG) and labels of some rows."""
+  def read(
+    self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int, int]
+  ) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields image (uint8 of `shape`, H, W and C) and label of some rows."""
+    for feature in self._features(rows):
+      label = feature["label"].int64_list.value[0]
+      yield decode(feature["image"].bytes_list.value[0], shape), label
+
+  def labels(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Labels of some rows, int64, without a look at the images."""
+    return np.array([f["label"].int64_list.value[0] for f in self._features(rows)], np.int64)
+
+  def _features(self, rows):
     from tensorflow_datasets.proto import tf_example_pb2
 
-    records = []
     for record in self._source.__getitems__(rows):
       # Faster than TFDS's own features.deserialize_example_np.
-      feature = tf_example_pb2.Example.FromString(record).features.feature
-      label = feature["label"].int64_list.value[0]
-      records.append((feature["image"].bytes_list.value[0], label))
-    return records
+      yield tf_example_pb2.Example.FromString(record).features.feature
 
   def file(self, row: int) -> str:
     """The file that holds a record."""
@@ -207,12 +227,15 @@ def _builder(name, data_dir):
       return ours[name](data_dir=data_dir)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it wants TensorFlow
       return tfds.builder(name, data_dir=data_dir)
-  except tfds.core.DatasetNotFoundError:
-    raise DataError(f"--config.data.name={name} is no dataset that TFDS knows.") from None
   except ModuleNotFoundError as error:
     raise DataError(f"TFDS's code for {name} needs a package: {first_line(error)}") from error
   except Exception as error:
-    path = _damaged_json(data_dir / name.split(":")[0])
+    path = data_dir / name.split(":")[0]
+    if problem := names.problem(name, ours, path.exists()):
+      raise DataError(problem) from None
+    if not path.exists():
+      raise DataError(f"--config.data.name={name}: {first_line(error)}") from None
+    path = _damaged_json(path)
     raise DataError(f"{path} can't be read: {first_line(error)} {_NOTHING_DELETED}") from error
 
 
@@ -281,6 +304,8 @@ def _use_archive(builder, data_config):
 
 def _require_reachable(builder, data_config, timeout=8):
   """Raises if the dataset's host does not answer: TFDS would retry for over three minutes."""
+  import requests  # late, as TFDS: slow to import
+
   url = next(iter(builder.url_infos or ()), None)
   if url is None:  # drawn on the spot, or unknown
     return
@@ -288,10 +313,13 @@ def _require_reachable(builder, data_config, timeout=8):
 
   def ask():
     try:
-      with urllib.request.urlopen(url, timeout=timeout):  # through the proxies of the environment
-        answer[0] = ""
+      # As TFDS downloads: with the same certificates and proxies.
+      with requests.get(url, stream=True, timeout=timeout) as response:
+        response.raise_for_status()
+      answer[0] = ""
     except Exception as error:
-      answer[0] = str(getattr(error, "reason", error))
+      cause = getattr(error.args[0] if error.args else error, "reason", error)
+      answer[0] = first_line(cause).rstrip(".")
 
   thread = threading.Thread(target=ask, daemon=True)  # a DNS lookup has no timeout
   thread.start()
