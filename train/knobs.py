@@ -34,7 +34,7 @@ class Knob(NamedTuple):
 def knobs(config: ConfigDict, prefix: str = "") -> dict[str, Knob]:
   """All knobs of a config by dotted key."""
   found: dict[str, Knob] = {}
-  for name in config:
+  for name, field in config.items(preserve_field_references=True):
     try:
       value = config[name]
     except config_dict.RequiredValueError:
@@ -42,8 +42,9 @@ def knobs(config: ConfigDict, prefix: str = "") -> dict[str, Knob]:
     if isinstance(value, ConfigDict):
       found |= knobs(value, f"{prefix}{name}.")
     else:
-      is_placeholder = value is None or value is _REQUIRED
-      kind = config.get_ref(name).get_type() if is_placeholder else type(value)
+      is_empty = value is None or value is _REQUIRED
+      is_placeholder = is_empty and isinstance(field, config_dict.FieldReference)
+      kind = field.get_type() if is_placeholder else type(value)
       found[prefix + name] = Knob(value, tuple if kind is list else kind, value is None)
   return found
 
