@@ -13,6 +13,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+import mlp_models
 from configs import default
 from train.data.splits import DatasetInfo
 from train.errors import WorkdirError, first_line
@@ -97,10 +98,16 @@ def read_config(workdir: epath.Path) -> ConfigDict:
   """The config of the run in `workdir`; knobs that are newer than the run have their defaults.
 
   Raises:
-    WorkdirError: the folder holds no run.
+    WorkdirError: the folder holds no run, or a damaged one.
   """
   config = ConfigDict(default.get_config(), type_safe=False)
-  config.update(_read(workdir / "config.json"))
+  path = workdir / "config.json"
+  content = _read(path)
+  try:
+    config.update(content)
+    mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
+  except (AttributeError, TypeError, ValueError) as error:  # no object, or of other types
+    raise WorkdirError(f"{path} is damaged: {first_line(error)}") from error
   return config
 
 
@@ -108,12 +115,16 @@ def read_dataset(workdir: epath.Path) -> DatasetInfo:
   """The description of the dataset that the run in `workdir` was trained on.
 
   Raises:
-    WorkdirError: the folder holds no run.
+    WorkdirError: the folder holds no run, or a damaged one.
   """
-  fields = _read(workdir / "dataset.json")
-  for name in ("class_names", "image_shape"):
-    fields[name] = tuple(fields[name])
-  return DatasetInfo(**fields)
+  path = workdir / "dataset.json"
+  fields = _read(path)
+  try:
+    for name in ("class_names", "image_shape"):
+      fields[name] = tuple(fields[name])
+    return DatasetInfo(**fields)
+  except (KeyError, TypeError) as error:
+    raise WorkdirError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _differences(old: dict, new: dict) -> list[str]:
