@@ -207,7 +207,7 @@ def test_an_unknown_dataset_is_one_line():
     data.describe(data_config(name="cifar_1000"))
   assert str(error.value) == (
     "--config.data.name=cifar_1000 is no dataset that TFDS knows. Near names: cifar100, "
-    "cifar100_n, cifar10, cifar10_n, cifar10_h."
+    "cifar100_n, cifar10, cifar10_n."
   )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from needs import CIFAR100_DIR
-from tensorflow_datasets.core.download import checksums
+from tensorflow_datasets.core.download import checksums, extractor
 from test_data import data_config, run_cli, snapshot
 
 from train import data
@@ -97,6 +97,22 @@ def test_an_archive_with_another_checksum_is_refused(archive, tmp_path):
   found = hashlib.sha256(path.read_bytes()).hexdigest()
   assert all(word in str(error.value) for word in (str(path), expected, found))
   assert snapshot(tmp_path) == before
+
+
+def test_an_archive_cannot_write_beside_its_folder(archive, tmp_path, monkeypatch):
+  """Ours is not extracted, but read by name; TFDS's extractor leaves out such members."""
+  path, images = archive
+  with tarfile.open(path) as tar:
+    files = {member.name: tar.extractfile(member).read() for member in tar}
+  outside = {"../../evil": b"x", str(tmp_path / "evil"): b"x", "a/../../evil": b"x"}
+  write_archive(path, files | outside)
+  take_for_published(path, 100, monkeypatch)
+  (tmp_path / "deep" / "er").mkdir(parents=True)
+  config = data_config(data_dir=str(tmp_path / "deep" / "er"), archive=str(path))
+  assert data.describe(config).sizes["test"] == 20
+  assert not list(tmp_path.rglob("evil*"))
+  with open(path, "rb") as file:
+    assert {name for name, _ in extractor.iter_tar(file)} == files.keys()
 
 
 def test_a_broken_archive_leaves_no_half_dataset(archive, tmp_path, monkeypatch):

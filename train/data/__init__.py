@@ -16,6 +16,7 @@ import psutil
 from ml_collections import ConfigDict
 
 from train.data import folder, prepared
+from train.data.complaints import complaints
 from train.data.default_splits import USUAL, choose, explain, names_in
 from train.data.names import FOLDER
 from train.data.splits import (
@@ -290,6 +291,7 @@ def load(
   if _fits(sum(map(len, streamed.values())), shape, data_config, sharers, kept_bytes):
     in_memory = {name: _read(split) for name, split in streamed.items()}
     kept.clear()
+    complaints.say()
     return Dataset(info.name, info.class_names, **in_memory)
   kept.clear()
   for part in streamed.values():

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
+from train.data.complaints import complaints
 from train.data.splits import AnySplit, StreamedSplit
 from train.devices.mesh import by_example
 from train.interrupt import SIGNALS
@@ -159,8 +160,9 @@ def _advise_shared_memory(needed: int, workers: int) -> None:
 
 
 def _begin_worker(worker: int, workers: int) -> None:
-  """Makes a worker ignore signals, and end with its parent process."""
-  del worker, workers
+  """Makes a worker ignore signals, end with its parent process, and say what others say once."""
+  del workers
+  complaints.said = worker > 0  # the first speaks for all
   for signum in SIGNALS:
     signal.signal(signum, signal.SIG_IGN)
   if sys.platform == "linux":

@@ -23,6 +23,7 @@ _opened: dict[tuple[Path, str, bool], "Folder"] = {}  # the last one, to look at
 class Records:
   """Images and their labels, by index."""
 
+  are_silent = True
   advice = "Move it out of the folder, or save it anew as a PNG."  # if a file can't be read
 
   def __init__(
@@ -162,7 +163,8 @@ class Folder:
     if left_out := sum((contents.left_out for contents in every), start=Contents().left_out):
       yield f"{self._path}: {listing.describe_left_out(left_out)}"
     if stray := sum(contents.stray for contents in every):
-      yield f"{self._path}: left out: {stray:,} images that lie in no class folder"
+      images = "images" if stray > 1 else "image"
+      yield f"{self._path}: left out: {stray:,} {images} in no class folder"
     empty = {key for c in every for key, found in c.classes.items() if not found}
     empty -= {key for c in every for key, found in c.classes.items() if found}
     if empty:

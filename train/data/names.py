@@ -45,8 +45,12 @@ def problem(name: str, ours: Mapping[str, Any], on_disk: bool) -> str:
 
 
 def _near(name: str, known: Sequence[str]) -> list[str]:
+  """Names that begin alike, and those that differ in few letters; at most four of either."""
   plain = {_plain(each): each for each in known}
-  return [plain[near] for near in difflib.get_close_matches(_plain(name), plain, 5, cutoff=0.7)]
+  wanted = _plain(name)
+  longer = sorted(each for each in plain if wanted and each.startswith(wanted))[:4]
+  close = difflib.get_close_matches(wanted, plain, 4, cutoff=0.7)
+  return [plain[each] for each in dict.fromkeys([*longer, *close])]
 
 
 def _plain(name: str) -> str:

@@ -69,6 +69,7 @@ class TfdsSet:
 class Records:
   """Images of a split in ArrayRecord files, and their labels, by index."""
 
+  are_silent = False
   advice = _NOTHING_DELETED  # if a record can't be read
 
   def __init__(self, files: Sequence, limit: int | None = None):

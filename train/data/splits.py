@@ -1,5 +1,6 @@
 """A dataset's description and its images, in memory or streamed."""
 
+import contextlib
 import dataclasses
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -7,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from train.data.complaints import complaints
 from train.errors import DataError, first_line
 
 
@@ -48,6 +50,7 @@ class Records(Protocol):
   """Images and their labels, by index, from TFDS's files or from an image folder."""
 
   advice: str  # if a record can't be read
+  are_silent: bool  # no library prints while they are read
 
   def __len__(self) -> int: ...
 
@@ -124,6 +127,7 @@ class StreamedSplit:
     images = np.empty((len(rows), *self.shape), np.uint8)
     labels = np.empty(len(rows), np.int32)
     self.read(rows, images, labels)
+    complaints.say()
     return images, labels
 
   def check_labels(self) -> None:
@@ -147,9 +151,12 @@ class StreamedSplit:
       DataError: an image can't be read, or its label is no class.
     """
     found = np.empty(len(rows), np.int64)
+    silent = self.records.are_silent
+    counted = contextlib.nullcontext() if silent else complaints.counted(self.records.file(rows[0]))
     try:
-      for i, (image, label) in enumerate(self.records.read(rows, self.shape)):
-        images[i], found[i] = image, label
+      with counted:
+        for i, (image, label) in enumerate(self.records.read(rows, self.shape)):
+          images[i], found[i] = image, label
     except Exception as error:
       if len(rows) > 1:  # find the damaged one, to name it
         for i, row in enumerate(rows):

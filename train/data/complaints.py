@@ -1,0 +1,81 @@
+"""What libjpeg and libpng print about images: counted, and said once with a file's name."""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+
+# How warnings begin in libjpeg's jerror.h, in libpng, and in OpenCV when it speaks of their files.
+_LINE = re.compile(
+  rb"Corrupt JPEG data|Premature end of JPEG|Warning: unknown JFIF|Invalid SOS param|"
+  rb"Inconsistent progression|Unknown Adobe color|libpng (warning|error)|\[.{5,40}\] .*grfmt_"
+)
+
+
+class Complaints:
+  """Those of this process.
+
+  The libraries print on file descriptor 2, which has no other name for them. While threads decode,
+  it leads to a file, from which all other lines are passed on.
+  """
+
+  def __init__(self) -> None:
+    self._lock = threading.Lock()
+    self._threads = 0  # that decode
+    self._read = 0  # bytes of the file
+    self.count, self._first = 0, ""
+    self.said = False
+
+  @contextlib.contextmanager
+  def counted(self, file: str) -> Iterator[None]:
+    """Counts the complaints of this context, in which images of a file are decoded."""
+    with self._lock:
+      if not self._threads:
+        sys.stderr.flush()
+        self._stderr, self._file = os.dup(2), tempfile.TemporaryFile()
+        self._read = 0
+        os.dup2(self._file.fileno(), 2)
+      self._threads += 1
+    try:
+      yield
+    finally:
+      with self._lock:
+        self._threads -= 1
+        if not self._threads:
+          sys.stderr.flush()
+          os.dup2(self._stderr, 2)
+        self._sort(file)
+        if not self._threads:
+          os.close(self._stderr)
+          self._file.close()
+
+  def _sort(self, file: str) -> None:
+    """Counts the lines of the libraries, and passes on the others."""
+    size = os.fstat(self._file.fileno()).st_size
+    # Not file.read: descriptor 2 shares its position.
+    printed = os.pread(self._file.fileno(), size - self._read, self._read)
+    if self._threads:  # the last line may not be whole
+      printed = printed[: printed.rfind(b"\n") + 1]
+    self._read += len(printed)
+    for line in printed.splitlines(keepends=True):
+      if not _LINE.match(line):
+        os.write(self._stderr, line)
+        continue
+      self._first = self._first or f"{file}: {line.decode(errors='replace').strip()}"
+      self.count += 1
+
+  def say(self) -> None:
+    """Prints how many there were, once."""
+    with self._lock:
+      if self.said or not self.count:
+        return
+      self.said = True
+    lines = f"{self.count:,} times" if self.count > 1 else "once"
+    text = f"A decoder complained {lines}, but read all images. The first is in {self._first}"
+    print(text, file=sys.stderr, flush=True)
+
+
+complaints = Complaints()
