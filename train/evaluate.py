@@ -69,7 +69,7 @@ def main() -> None:
 def _with_own_flags(message: str) -> str:
   """An error's message without flags that only training has: here they are the run's config."""
   message = message.replace("--config.data.data_dir", "--data_dir")
-  return re.sub(r"--config\.(\S+)", r"\1 in the run's config.json", message)
+  return re.sub(r"--config\.(\S*\w)", r"\1 in the run's config.json", message)
 
 
 if __name__ == "__main__":
