@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -202,3 +203,26 @@ def test_debug_shows_the_traceback_behind_an_error(tmp_path, monkeypatch, capsys
     assert "Traceback" in full and full.endswith(brief)
   _, error = run("main", monkeypatch, capsys, "--config", file)
   assert "Traceback" not in error
+
+
+PROCESSES = {  # without the help of a process that has set JAX up; status
+  "million": (["main", "--config", "configs/mixer.py", "--config.model.image_size=1000000"], 2),
+  "memory": (["main", "--config", "configs/fnet.py", "--config.model.image_size=32768"], 2),
+  "blocks": (["main", "--config", "configs/vit.py", "--config.model.num_blocks=1000000000"], 2),
+  "folder": (["main", "--config", "configs"], 2),
+  "no run": (["evaluate", "--workdir", "nowhere"], 1),
+  "no image": (["predict", "--workdir", "nowhere", "--", "-x.png"], 1),
+  "set": (["data", "prepare", "--name", "nosuchset"], 1),
+}
+
+
+@pytest.mark.parametrize("case", PROCESSES)
+def test_bad_input_ends_a_process_with_one_line(case, tmp_path):
+  arguments, status = PROCESSES[case]
+  command = [sys.executable, "-m", f"train.{arguments[0]}", *arguments[1:]]
+  if arguments[0] == "main":
+    command += ["--workdir", tmp_path / "run"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+  assert done.returncode == status
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+  assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from test_predict import run
 
-from train import evaluate
+from train import evaluate, predict
 from train.devices.mesh import fitting_sizes, make_mesh
 from train.loop import train_and_evaluate
 from train.run import metrics
@@ -129,3 +129,18 @@ def test_flags_of_training_are_not_advised():
   assert evaluate._with_own_flags(message) == (
     "X is broken: move it, --data_dir=DIR, or data.skip_broken=True in the run's config.json."
   )
+
+
+@pytest.mark.parametrize(
+  ("module", "place"),
+  [(evaluate, "train.evaluate.evaluate"), (predict, "train.predict.make_predict")],
+)
+def test_lack_of_memory_is_one_line(module, place, finished_run, monkeypatch, capsys):
+  def fail(*arguments):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
+
+  monkeypatch.setattr(place, fail)
+  images = ["x.png"] if module is predict else []
+  status, out, error = run(module, monkeypatch, capsys, "--workdir", finished_run, *images)
+  assert (status, out) == (1, "")
+  assert error.startswith("error: out of memory") and error.count("\n") == 1

@@ -8,6 +8,9 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+# Of the commands that use a trained model, which have no knobs.
+OUT_OF_MEMORY = "out of memory: other programs may hold it, or the model needs a larger device"
+
 _MOST_SHOWN = 200  # characters of a value that a message repeats
 
 debug = False  # print the traceback behind an error, as `--debug` asks

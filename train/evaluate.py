@@ -10,10 +10,13 @@ import json
 import math
 import re
 
+import jax
+
 from train import data, flags
 from train.devices.compile import start_jax
 from train.devices.mesh import fitting_sizes, make_mesh
 from train.errors import (
+  OUT_OF_MEMORY,
   ConfigError,
   DataError,
   UnreachableError,
@@ -61,6 +64,10 @@ def main() -> None:
     metrics = evaluate(step, trained.weights, split, batch_size, mesh)
   except DataError as error:  # a streamed image that can't be read
     fail(_with_own_flags(str(error)), 1)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    fail(OUT_OF_MEMORY, 1)
   numbers = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
   with until_nobody_reads():
     print(json.dumps({"split": arguments.split, "images": len(split), **numbers}))

@@ -28,7 +28,14 @@ from train.data.names import FOLDER
 from train.devices.compile import skip_missing_tpu
 from train.devices.machine import cores
 from train.devices.mesh import by_example, fitting_sizes, make_mesh
-from train.errors import DataError, WorkdirError, fail, first_line, until_nobody_reads
+from train.errors import (
+  OUT_OF_MEMORY,
+  DataError,
+  WorkdirError,
+  fail,
+  first_line,
+  until_nobody_reads,
+)
 from train.run.checkpoint import TrainedModel, load_trained_model
 from train.run.workdir import from_flag
 from train.state import apply_model
@@ -97,8 +104,13 @@ def main() -> None:
   if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be in no or another encoding
     is_utf8 = sys.stdout.encoding.lower() == "utf-8"
     sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
-  with until_nobody_reads():
-    answered = _answer(trained, mesh, _files(arguments.images), arguments.json)
+  try:
+    with until_nobody_reads():
+      answered = _answer(trained, mesh, _files(arguments.images), arguments.json)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    fail(OUT_OF_MEMORY, 1)
   if not answered:
     sys.exit(1)
 
