@@ -43,7 +43,9 @@ class Complained(tfds.core.GeneratorBasedBuilder):
       yield i, {"image": png if i % 2 else jpeg[:-2] + b"abcdef" + jpeg[-2:], "label": i % 2}
 
 
-@pytest.mark.parametrize("where", ["memory", "threads", "processes"])
+@pytest.mark.parametrize(
+  "where", ["memory", "threads", pytest.param("processes", marks=pytest.mark.slow)]
+)
 def test_complaints_are_counted_and_said_once_with_a_file(tmp_path, where):
   Complained(data_dir=tmp_path).download_and_prepare(file_format="array_record")
   code = f"""
@@ -72,7 +74,7 @@ os.write(2, b"the last words\\n")
   assert process.returncode == 0 and process.stdout == "36\n", process.stderr
   said, last = process.stderr.splitlines()
   assert last == "the last words"
-  assert "A decoder complained" in said and "complained-train.array_record-00000-of-00001" in said
+  assert "Decoders complained" in said and "complained-train.array_record-00000-of-00001" in said
   if where == "memory":
     assert "complained 10 times" in said  # two of the JPEGs pass
 
@@ -102,6 +104,38 @@ complaints.say()
   assert sorted(others) == sorted(f"a line of thread {i}" for i in range(20))
   assert out == "out of it"
   assert said == (
-    "A decoder complained 20 times, but read all images. The first is in "
-    "shard: libpng warning: iCCP: too short"
+    "Decoders complained 20 times about images, first in shard: libpng warning: iCCP: too short"
   )
+
+
+def test_what_libtiff_prints_about_a_folders_image_is_said_once(tmp_path):
+  (tmp_path / "train" / "cat").mkdir(parents=True)
+  for i, pixels in enumerate(NOISE):
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert("1").resize((64, 64)).save(file, "TIFF", compression="group3")
+    damaged = file.getvalue().replace(b"\0\0\0\0\0", b"\1\2\3\4\5")
+    content = bytearray(damaged)
+    content[20:60] = bytes(range(40))
+    (tmp_path / "train" / "cat" / f"{i:02}.tif").write_bytes(content if i < 3 else file.getvalue())
+  code = f"""
+from configs import default
+from train import data
+config = default.get_config().data
+config.update(name={f"folder:{tmp_path}"!r}, skip_broken=True, train_split="train")
+config.update(validation_split="train", test_split="train")
+print(data.describe(config).sizes["train"])
+"""
+  process = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=TESTS.parent,
+    env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert process.returncode == 0, process.stderr
+  (said,) = [
+    line for line in process.stderr.splitlines() if "ecode" in line and "complained" in line
+  ]
+  assert f"first in {tmp_path}/train/cat/0" in said
+  assert not [line for line in process.stderr.splitlines() if line.startswith(("Fax", "TIFF"))]

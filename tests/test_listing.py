@@ -212,9 +212,13 @@ def test_train_alone_is_split_in_three(tmp_path, capsys):
 
 def test_classes_directly_below_are_split_by_hash(tmp_path, capsys):
   make(tmp_path, ("",), ("cat", "dog", "train"), count=100)  # "train" is a class here
+  (tmp_path / "cat" / "notes.txt").write_text("")
+  (tmp_path / "labels.csv").write_text("")  # beside the classes: no matter
   config = data.resolve(config_of(tmp_path))
-  assert "split them" not in capsys.readouterr().out
   info = data.describe(config)
+  split, left_out = capsys.readouterr().err.splitlines()
+  assert "a hash of CLASS/FILE splits them 80/10/10" in split
+  assert left_out == f"{tmp_path}: left out: 1 file (.txt 1)"
   assert info.class_names == ("cat", "dog", "train")
   assert sum(info.sizes.values()) == 300
   assert 210 <= info.sizes["train"] <= 270 and min(info.sizes.values()) >= 15

@@ -1,4 +1,4 @@
-"""What libjpeg and libpng print about images: counted, and said once with a file's name."""
+"""What libjpeg, libpng and libtiff print about images: counted, and said once with a file."""
 
 import contextlib
 import os
@@ -8,10 +8,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 
-# How warnings begin in libjpeg's jerror.h, in libpng, and in OpenCV when it speaks of their files.
+# How lines begin in libjpeg's jerror.h, in libpng, in OpenCV when it speaks of their files, and in
+# libtiff (which calls each file tempfile.tif).
 _LINE = re.compile(
   rb"Corrupt JPEG data|Premature end of JPEG|Warning: unknown JFIF|Invalid SOS param|"
-  rb"Inconsistent progression|Unknown Adobe color|libpng (warning|error)|\[.{5,40}\] .*grfmt_"
+  rb"Inconsistent progression|Unknown Adobe color|libpng (warning|error)|\[.{5,40}\] .*grfmt_|"
+  rb"_?(TIFF|JPEG|LZW|ZIP|LZMA|ZSTD|WEBP|LERC|Fax|PackBits|Missing)\w*: |tempfile.tif: |: WEBP "
 )
 
 
@@ -73,8 +75,8 @@ class Complaints:
       if self.said or not self.count:
         return
       self.said = True
-    lines = f"{self.count:,} times" if self.count > 1 else "once"
-    text = f"A decoder complained {lines}, but read all images. The first is in {self._first}"
+    times = f"{self.count:,} times" if self.count > 1 else "once"
+    text = f"Decoders complained {times} about images, first in {self._first}"
     print(text, file=sys.stderr, flush=True)
 
 

@@ -4,8 +4,10 @@
 records of TFDS's sets, faster, and like TFDS it neither turns photos nor converts colours.
 """
 
+import contextlib
 import functools
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -23,6 +25,8 @@ from PIL import (
   TiffImagePlugin,
   WebPImagePlugin,
 )
+
+from train.data.complaints import complaints
 
 MAX_PIXELS = 2**28  # of a file's image; a small file can claim more and exhaust the memory
 
@@ -61,6 +65,7 @@ _TURNS = {  # by EXIF's orientation; 1 is upright
 # A filter for a while (warnings.catch_warnings) would not be safe in threads.
 for _category in (UserWarning, Image.DecompressionBombWarning):
   warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors reach the terminal
 
 
 def decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -84,7 +89,12 @@ def decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def decode_file(
-  encoded: bytes, shape: tuple[int, int, int], *, background: str, upright: bool
+  encoded: bytes,
+  shape: tuple[int, int, int],
+  *,
+  background: str,
+  upright: bool,
+  name: str = "a TIFF file",
 ) -> np.ndarray:
   """Decodes a PNG, JPEG, WebP, BMP, GIF or TIFF file of any mode; of an animation, the first frame.
 
@@ -96,6 +106,7 @@ def decode_file(
     background: colour on which transparent pixels are composed, if C is 1 or 3; a name or #rrggbb.
     upright: turn photos as their EXIF says, and convert embedded colour profiles to sRGB. False:
       neither, like `decode`, for comparison with TFDS's sets.
+    name: of the file, for what libtiff prints about it (`complaints`).
   Returns:
     uint8 [H, W, C].
   Raises:
@@ -103,7 +114,9 @@ def decode_file(
   """
   height, width, channels = shape
   try:
-    image = _load(encoded, background, upright, keep_alpha=channels == 4)
+    is_tiff = encoded.startswith((b"II", b"MM"))
+    with complaints.counted(name) if is_tiff else contextlib.nullcontext():
+      image = _load(encoded, background, upright, keep_alpha=channels == 4)
   except (ValueError, MemoryError):
     raise
   except Exception as error:  # Pillow's decoders raise errors of any type
@@ -154,8 +167,10 @@ def _strip_png(encoded: bytes) -> tuple[bytes, bytes | None]:
     content = encoded[start + 8 : end - 4]
     if kind == b"iCCP":
       profile = _unpack_profile(content)
-    whole = zlib.crc32(kind + content).to_bytes(4) == encoded[end - 4 : end]
-    if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and whole):
+    needed = kind[:1].isupper() or kind == b"tRNS"
+    if needed or (
+      kind == b"eXIf" and zlib.crc32(kind + content).to_bytes(4) == encoded[end - 4 : end]
+    ):
       kept.append(encoded[start:end])
     start = end
   return b"".join(kept), profile

@@ -1,14 +1,17 @@
 """Image folders, PATH/{train,test}/CLASS/FILE or PATH/CLASS/FILE, read like TFDS's datasets."""
 
 import bisect
+import contextlib
 import hashlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from train.data import listing, verdicts
+from train.data.complaints import complaints
 from train.data.decode import decode_file
 from train.data.default_splits import FEW, KNOWN, names_in
 from train.data.listing import Contents
@@ -90,17 +93,20 @@ class Folder:
     if not path.is_dir():
       raise DataError(f"config.data.name = folder:{path}: that is no folder.")
     self._path, self._background, self._skip_broken = path, background, skip_broken
-    folders = listing.split_folders(path)
-    self.is_flat = folders is None
-    self._folders = folders if folders is not None else {}
-    self._read: dict[str, Contents] = _hash_splits(path) if self.is_flat else {}
+    self._busy = 0.0  # seconds
+    with self._aloud():
+      folders = listing.split_folders(path)
+      self.is_flat = folders is None
+      self._folders = folders if folders is not None else {}
+      self._read: dict[str, Contents] = _hash_splits(path) if self.is_flat else {}
+    self._ordered: dict[str, list[tuple[str, str, str]]] = {}  # hash, path and class of each image
     self._seen: set[str] = set()  # splits whose images were looked at
     self.kept: dict[str, np.ndarray] = {}  # images decoded by `look`, by path
 
   @property
   def names(self) -> list[str]:
     """Splits, those with images."""
-    return [name for name in (self._read if self.is_flat else self._folders) if self.size(name)]
+    return [name for name in self._read if self.size(name)] if self.is_flat else [*self._folders]
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -110,7 +116,7 @@ class Folder:
   @property
   def usual_names(self) -> list[str]:
     """Splits that may be used without being named in the config."""
-    return [name for name in (self._read or self._folders) if name in KNOWN and self.size(name)]
+    return [name for name in self.names if name in KNOWN]
 
   def size(self, name: str) -> int:
     """Images in a split; 0 if there is none of this name."""
@@ -118,9 +124,27 @@ class Folder:
 
   def _contents(self, name: str) -> Contents:
     if name not in self._read:
-      found = name in self._folders
-      self._read[name] = listing.contents(self._folders[name]) if found else Contents()
+      with self._aloud():
+        found = name in self._folders
+        self._read[name] = listing.contents(self._folders[name]) if found else Contents()
     return self._read[name]
+
+  @contextlib.contextmanager
+  def _aloud(self) -> Iterator[None]:
+    """Says that names are read, if that takes long in all."""
+    began, silent = time.monotonic(), verdicts.SILENT_SECONDS - self._busy
+    text = f"Reading the names of the files in {self._path}."
+    with verdicts.aloud(text, silent) if silent > 0 else contextlib.nullcontext():
+      yield
+    self._busy += time.monotonic() - began
+
+  def _in_order(self, name: str) -> list[tuple[str, str, str]]:
+    if name not in self._ordered:
+      classes = self._contents(name).classes
+      self._ordered[name] = sorted(
+        (_hash(file.key), file.path, key) for key, found in classes.items() for file in found
+      )
+    return self._ordered[name]
 
   def look(
     self,
@@ -145,7 +169,9 @@ class Folder:
       if shape:
         self.kept[path] = image
 
-    broken = verdicts.look(self._path, files, decode, processes)
+    silent = verdicts.SILENT_SECONDS - self._busy
+    broken = verdicts.look(self._path, files, decode, processes, silent)
+    complaints.say()
     self._seen.update(names)
     if broken:
       _report(self._path, broken, self._skip_broken)
@@ -153,6 +179,7 @@ class Folder:
       classes = self._contents(name).classes
       for key, found in classes.items():
         classes[key] = [file for file in found if file.path not in broken]
+      self._ordered.pop(name, None)
     if processes.share((0,)):  # the first of them
       for line in self._remarks(names):
         print(line, file=sys.stderr, flush=True)
@@ -195,18 +222,12 @@ class Folder:
       if self.size(name)
     }
     labels = {name: label for label, name in enumerate(class_names)}
-    rows: list[tuple[str, str, int]] = []
+    rows = []
     for part in tfds.core.ReadInstruction.from_spec(instruction).to_absolute(infos):
-      every = sorted(
-        (_hash(file.key), file.path, labels.get(name, -1))
-        for name, found in self._contents(part.splitname).classes.items()
-        for file in found
-      )
-      rows += every[part.from_ : part.to]
+      rows += self._in_order(part.splitname)[part.from_ : part.to]
     rows = rows[:limit]
-    return Records(
-      [path for _, path, _ in rows], [label for _, _, label in rows], self._background, self.kept
-    )
+    paths = [path for _, path, _ in rows]
+    return Records(paths, [labels.get(key, -1) for _, _, key in rows], self._background, self.kept)
 
 
 def open_folder(path: Path, background: str = "white", skip_broken: bool = False) -> Folder:
@@ -229,8 +250,7 @@ def _hash_splits(path: Path) -> dict[str, Contents]:
 
   Every class trains, and no split is empty if another has images to spare.
   """
-  whole = listing.contents(str(path))
-  whole.left_out.clear()  # anything may lie beside the class folders
+  whole = listing.contents(str(path), count_beside=False)
   splits = {name: Contents() for name in _PARTS}
   train = splits["train"] = whole
   if len(whole) < FEW:
@@ -255,7 +275,8 @@ def _hash(key: str) -> str:
 
 
 def _decode(path: str, shape: tuple[int, int, int], background: str) -> np.ndarray:
-  return decode_file(Path(path).read_bytes(), shape, background=background, upright=True)
+  encoded = Path(path).read_bytes()
+  return decode_file(encoded, shape, background=background, upright=True, name=path)
 
 
 def _report(path: Path, broken: dict[str, str], skipped: bool) -> None:

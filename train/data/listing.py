@@ -79,8 +79,15 @@ def split_folders(path: Path) -> dict[str, str] | None:
   return {name: folders[name] for name in split}
 
 
-def contents(folder: str) -> Contents:
-  """Images of each class folder, and of the folders in it; DataError if one can't be read."""
+def contents(folder: str, count_beside: bool = True) -> Contents:
+  """Images of each class folder, and of the folders in it.
+
+  Args:
+    folder: a split's.
+    count_beside: count other files beside the class folders, too.
+  Raises:
+    DataError: a folder can't be read.
+  """
   found = Contents()
   for entry in _entries(folder):
     if entry.is_dir():
@@ -99,7 +106,7 @@ def contents(folder: str) -> Contents:
         images.append(Found(file.path, f"{name}/{inside}", size, changed))
     elif _is_image(entry.name):
       found.stray += 1
-    else:
+    elif count_beside:
       found.left_out[_suffix(entry.name)] += 1
   return found
 

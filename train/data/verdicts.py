@@ -19,7 +19,7 @@ from train.data.listing import Found
 from train.devices.machine import cores
 
 _DECODER = f"1, Pillow {PIL.__version__}, {MAX_PIXELS} pixels"  # another may judge otherwise
-_SILENT_SECONDS = 1.0
+SILENT_SECONDS = 1.0
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -38,7 +38,11 @@ ALONE = Processes(share=lambda items: items, gather=lambda content: [content])
 
 
 def look(
-  folder: Path, files: Sequence[Found], decode: Callable[[str], object], processes: Processes
+  folder: Path,
+  files: Sequence[Found],
+  decode: Callable[[str], object],
+  processes: Processes = ALONE,
+  silent: float = SILENT_SECONDS,
 ) -> dict[str, str]:
   """Paths of the images that can't be decoded, and why.
 
@@ -47,6 +51,7 @@ def look(
     files: the same in all processes.
     decode: is called with a path, in threads; raises ValueError if the content is no image.
     processes: those that look together.
+    silent: seconds until it is said what takes so long.
   """
   recalled = _recall(folder)
   known = {f.path: recalled[f.path] for f in files if recalled.get(f.path, ())[:2] == f[2:]}
@@ -63,13 +68,8 @@ def look(
     except (OSError, MemoryError) as error:
       passing.append((file.path, getattr(error, "strerror", None) or type(error).__name__))
 
-  threads = concurrent.futures.ThreadPoolExecutor(cores())  # decoders release Python's lock
-  with _progress(folder, len(unknown)) as count:
-    try:
-      for _ in threads.map(judge, unknown):
-        count()
-    finally:
-      threads.shutdown(wait=False, cancel_futures=True)  # after a signal, cancels the others
+  if unknown:
+    _judge_all(unknown, judge, folder, silent)
   everyone = processes.gather([broken, passing])
   verdicts = {path: reason for part, _ in everyone for path, reason in part}
   unread = {path: reason for _, part in everyone for path, reason in part}
@@ -83,20 +83,35 @@ def look(
   return verdicts | unread
 
 
+def _judge_all(files, judge, folder, silent) -> None:
+  text = f"Looking at {len(files):,} images in {folder}; what is found is remembered."
+  threads = concurrent.futures.ThreadPoolExecutor(cores())  # decoders release Python's lock
+  with aloud(text, silent, len(files)) as count:
+    try:
+      for _ in threads.map(judge, files):
+        count()
+    finally:
+      threads.shutdown(wait=False, cancel_futures=True)  # after a signal, cancels the others
+
+
 @contextlib.contextmanager
-def _progress(folder: Path, total: int) -> Iterator[Callable[[], None]]:
-  """Says what takes long, and how far it is: with a bar on a terminal, else in lines."""
+def aloud(text: str, silent: float, total: int = 0) -> Iterator[Callable[[], None]]:
+  """Says what takes long, and how far it is: with a bar on a terminal, else in lines.
+
+  Args:
+    text: what is done in this context.
+    silent: seconds until it is said.
+    total: how often the function that is yielded will be called; 0: never.
+  """
   done, ended = 0, threading.Event()
-  bar = tqdm.tqdm(
-    total=total, unit=" images", delay=_SILENT_SECONDS, disable=not sys.stderr.isatty()
-  )
+  hidden = not total or not sys.stderr.isatty()
+  bar = tqdm.tqdm(total=total, unit=" images", delay=max(silent, 1e-3), disable=hidden)
 
   def tell() -> None:
-    if ended.wait(_SILENT_SECONDS):
+    if ended.wait(max(silent, 0)):
       return
-    text = f"Looking at {total:,} images in {folder}; what is found is remembered."
     print(text, file=sys.stderr, flush=True)
-    while bar.disable and not ended.wait(_SECONDS_BETWEEN_LINES):
+    while total and bar.disable and not ended.wait(_SECONDS_BETWEEN_LINES):
       print(f"  {done:,} of {total:,} images", file=sys.stderr, flush=True)
 
   def count() -> None:
@@ -110,6 +125,7 @@ def _progress(folder: Path, total: int) -> Iterator[Callable[[], None]]:
     yield count
   finally:
     ended.set()
+    thread.join()
     bar.close()
 
 
