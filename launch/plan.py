@@ -5,7 +5,6 @@ python -m launch.plan --config configs/MODEL.py --topology v5e:2x2 [--config.KEY
 Needs the TPU compiler (extra [plan]). docs/planning.md explains the figures.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -311,7 +310,7 @@ def _start() -> None:
 
 def main() -> None:
   """Exit status: 0 fits, 1 does not fit or can't be planned, 2 wrong flags."""
-  parser = argparse.ArgumentParser(prog="python -m launch.plan", allow_abbrev=False)
+  parser = flags.Parser(prog="python -m launch.plan")
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
   parser.add_argument(
     "--topology", required=True, help=f"slice of {', '.join(CHIPS)}: v5e:2x2, v4:2x2x4"

@@ -49,7 +49,7 @@ def create(name: str, **overrides: Any) -> nn.Module:
   Raises:
     ValueError: an unknown name or field, a value out of range, or sizes that do not fit together.
   """
-  if name not in _CLASSES:
+  if name not in MODELS:
     raise ValueError(f"unknown model {name!r}; {_suggest(name, MODELS)}")
   defaults = {
     field.name: field.default
@@ -81,10 +81,10 @@ def _checked(field: str, value: Any, default: Any) -> Any:
     if not isinstance(value, bool):
       raise ValueError(f"remat is {value!r}, it must be True or False")
   elif field.endswith("_rate"):
-    if not 0 <= value < 1:
+    if not isinstance(value, int | float) or not 0 <= value < 1:
       raise ValueError(f"{field} is {value!r}, it must be at least 0 and less than 1")
   elif isinstance(default, tuple):
-    value = tuple(value)
+    value = tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(_is_size(units) for units in value):
       raise ValueError(f"{field} is {value!r}, it must hold positive integers")
   elif isinstance(default, int) and not _is_size(value):
@@ -110,4 +110,4 @@ def _check_that_sizes_fit(model: nn.Module) -> None:
 
 
 def _is_size(value: Any) -> bool:
-  return isinstance(value, int) and value > 0
+  return isinstance(value, int) and not isinstance(value, bool) and value > 0

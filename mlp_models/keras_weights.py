@@ -75,10 +75,12 @@ def to_params(name: str, weights: Mapping[str, ArrayLike]) -> dict[str, Any]:
   Returns:
     Nested dictionaries of float32 arrays, the "params" of `mlp_models.create(name, ...)`.
   Raises:
-    ValueError: an array is missing, is one too many, or has a shape that does not fit the others.
+    ValueError: an array is missing, is one too many, holds no real numbers, or has a shape that
+      does not fit the others.
   """
-  _check(name, {key: np.shape(w) for key, w in weights.items()})
-  arrays = {key: jnp.asarray(w, jnp.float32) for key, w in weights.items()}
+  arrays = {key: _array(name, key, w) for key, w in weights.items()}
+  _check(name, {key: w.shape for key, w in arrays.items()})
+  arrays = {key: jnp.asarray(w, jnp.float32) for key, w in arrays.items()}
   params: dict[str, Any] = unflatten_dict(arrays, sep="/")
   return params
 
@@ -92,6 +94,16 @@ def from_params(name: str, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
   weights = {key: np.asarray(w) for key, w in flatten_dict(params, sep="/").items()}
   _check(name, {key: w.shape for key, w in weights.items()})
   return weights
+
+
+def _array(name: str, key: str, weights: ArrayLike) -> Any:
+  try:
+    array = weights if isinstance(weights, jax.Array) else np.asarray(weights)
+  except ValueError as error:  # nested lists of different lengths
+    raise ValueError(f"{name} weights {key!r}: {error}") from None
+  if not jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.kind not in "iub":
+    raise ValueError(f"{name} weights {key!r} have the type {array.dtype}, expected numbers")
+  return array
 
 
 def _check(name: str, shapes: Shapes) -> None:

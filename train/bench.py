@@ -227,7 +227,7 @@ def _measure_all(output: Path, repeats: int, seconds: float) -> None:
 
 def main() -> None:
   """Exit status: 0 measured, 1 no usable dataset or too little memory, 2 wrong flags."""
-  parser = argparse.ArgumentParser(prog="python -m train.bench", allow_abbrev=False)
+  parser = flags.Parser(prog="python -m train.bench")
   what = parser.add_mutually_exclusive_group(required=True)
   what.add_argument("--config", help=flags.CONFIG_HELP)
   what.add_argument("--all", action="store_true", help="the default config of every model")
@@ -236,7 +236,9 @@ def main() -> None:
   mode.add_argument("--phases", action="store_true", help="time each phase of a step")
   mode.add_argument("--tune", action="store_true", help="time powers of two as microbatch")
   mode.add_argument("--sweep", choices=("tokens", "batch"), help="time a range of sizes")
-  parser.add_argument("--output", type=Path, default=Path("."), help="folder for written files")
+  parser.add_argument(
+    "--output", type=flags.path, default=Path("."), help="folder for written files"
+  )
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--seconds", type=float, default=5.0, help="time per repeat")
   if "--all" in sys.argv:

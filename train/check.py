@@ -1,62 +1,135 @@
 """Refuses impossible configs in one line, before anything costly starts."""
 
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import ImageColor
 
 import mlp_models
-from train.errors import ConfigError
+from train.devices.machine import memory_limit
+from train.devices.mesh import FSDP
+from train.errors import ConfigError, printable, shown
+from train.knobs import check_knobs
 from train.optimizer import BEST
+
+_MOST = 2**20  # no batch is as large, and no model as wide
+_INT32 = 2**31 - 1  # the state counts in int32
+_FLOAT32 = 1e38  # it computes in float32
+
+# Least and greatest value of a number, both included, and what the message adds.
+_RANGES: dict[str, tuple[float, float, str]] = {
+  "epochs": (1, 10**6, ""),
+  "batch_size": (1, _MOST, ""),
+  "microbatch": (1, _MOST, ", or None"),
+  "cpu_microbatch": (1, _MOST, ""),
+  "steps_per_call": (1, _MOST, ""),
+  "mesh.data": (1, _MOST, ", or -1"),
+  "mesh.fsdp": (1, _MOST, ", or -1"),
+  "data.in_memory_bytes": (0, 2**63, ", or None"),
+  "data.max_images": (1, 2**63, ", or None"),
+  "data.workers": (1, 1000, ", or None"),
+  "plateau.patience": (1, _INT32, " epoch"),
+  "early_stop_patience": (0, _INT32, " (0: never stop)"),
+}
+# Greatest sizes of a model; _MOST for the others.
+_LARGEST = {"image_size": 2**15, "num_blocks": 1000, "num_iterations": 1000}
+_LAYERS = 100  # most layers of an MLP
+_ANYTHING = {"mesh.data": -1, "mesh.fsdp": -1}  # values that are no numbers, besides None
 
 
 def check_config(config: ConfigDict) -> None:
   """Raises ConfigError for the first knob that is out of range or contradicts another."""
+  check_knobs(config)
 
   def require(holds: bool, key: str, need: str) -> None:
     if not holds:
-      value = config
-      for part in key.split("."):
-        value = value[part]
-      raise ConfigError(f"config.{key} = {value!r}: {need}")
+      raise ConfigError(f"config.{key} = {shown(_get(config, key))}: {need}")
 
-  if "model" not in config:
-    raise ConfigError("the config has no `model`: choose a file such as configs/mixer.py")
-  require(config.epochs >= 1, "epochs", "at least 1")
-  require(config.batch_size >= 1, "batch_size", "at least 1")
-  require(config.microbatch is None or config.microbatch >= 1, "microbatch", "at least 1, or None")
-  require(config.cpu_microbatch >= 1, "cpu_microbatch", "at least 1")
-  require(config.steps_per_call >= 1, "steps_per_call", "at least 1")
-  for axis in ("data", "fsdp"):
-    require(config.mesh[axis] == -1 or config.mesh[axis] >= 1, f"mesh.{axis}", "at least 1, or -1")
+  for key, (least, most, words) in _RANGES.items():
+    if (value := _get(config, key)) is not None and value != _ANYTHING.get(key):
+      require(value >= least, key, f"at least {least}{words}")
+      require(value <= most, key, f"at most {most:,}{words}")
   require(config.mesh.data != -1 or config.mesh.fsdp != -1, "mesh.fsdp", "only one axis can be -1")
   require(0 <= config.seed < 2**32, "seed", "from 0 to 2**32 - 1")
-  require(config.checkpoint_seconds > 0, "checkpoint_seconds", "more than 0")
-  limit, workers = config.data.in_memory_bytes, config.data.workers
-  require(limit is None or limit >= 0, "data.in_memory_bytes", "at least 0, or None")
-  require(workers is None or workers >= 1, "data.workers", "at least 1, or None")
-  most = config.data.max_images
-  require(most is None or most >= 1, "data.max_images", "at least 1, or None")
   try:
     ImageColor.getrgb(config.data.background)
   except ValueError:
     require(False, "data.background", "a colour's name, or #rrggbb")
+  require(0 < config.checkpoint_seconds < math.inf, "checkpoint_seconds", "a number above 0")
   require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
   require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
-  require(
-    0 < config.optimizer.learning_rate < 2.0**128,  # a float32
-    "optimizer.learning_rate",
-    "a number above 0, less than 3.4e38",
-  )
+  for key in ("optimizer.learning_rate", "optimizer.epsilon", "plateau.min_delta"):
+    require(0 < _get(config, key) < _FLOAT32, key, "a number above 0")
   require(0 <= config.optimizer.weight_decay < 1, "optimizer.weight_decay", "from 0 to below 1")
   require(0 <= config.optimizer.b1 < 1, "optimizer.b1", "at least 0 and less than 1")
   require(0 <= config.optimizer.b2 < 1, "optimizer.b2", "at least 0 and less than 1")
-  require(config.optimizer.epsilon > 0, "optimizer.epsilon", "more than 0")
   require(0 < config.plateau.factor <= 1, "plateau.factor", "more than 0, at most 1 (1: none)")
-  require(config.plateau.patience >= 1, "plateau.patience", "at least 1 epoch")
-  require(config.plateau.min_delta > 0, "plateau.min_delta", "more than 0")
-  require(config.early_stop_patience >= 0, "early_stop_patience", "at least 0 (0: never stop)")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
   require(config.nonfinite in ("stop", "skip"), "nonfinite", "stop or skip")
   try:
     mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
   except (TypeError, ValueError) as error:
-    raise ConfigError(f"config.model: {error}") from None
+    raise ConfigError(f"config.model: {printable(str(error))}") from None
+  for name, value in config.model.items():
+    largest = _LARGEST.get(name, _MOST)
+    sizes = value if isinstance(value, tuple | list) else [value]
+    require(len(sizes) <= _LAYERS, f"model.{name}", f"at most {_LAYERS} layers")
+    for size in sizes:
+      if isinstance(size, int):
+        require(size <= largest, f"model.{name}", f"at most {largest:,}")
+
+
+def check_memory(config: ConfigDict, mesh: Mesh) -> None:
+  """Raises ConfigError if a step can't fit the memory, whatever the compiler does.
+
+  Counted are float32 parameters, AdamW's two moments and the images that are computed at a time;
+  only shapes are computed.
+
+  Args:
+    config: accepted by `check_config`.
+  """
+  size = config.model.image_size
+  microbatch = config.microbatch or 1
+  images = 4 * 3 * size**2 * microbatch  # of one device
+  state = 3 * 4 * _parameters(config) // mesh.shape[FSDP]
+  device = mesh.local_devices[0]
+  if device.platform == "cpu":
+    needed, limit = len(mesh.local_devices) * (images + state), memory_limit()
+  else:
+    needed, limit = images + state, (device.memory_stats() or {}).get("bytes_limit", math.inf)
+  if needed > limit:
+    raise ConfigError(
+      f"config.model needs {needed / 2**30:,.1f} GiB for parameters, optimizer state and "
+      f"{microbatch} images of {size} x {size} pixels on a device, and there are "
+      f"{limit / 2**30:,.1f}: choose smaller sizes, or larger patches"
+    )
+
+
+def _parameters(config: ConfigDict) -> int:
+  """Parameters of the model, as if for one class."""
+
+  def count(num_blocks: int) -> int:
+    sizes = config.model.to_dict() | {"num_blocks": num_blocks, "num_classes": 1}
+    if "num_iterations" in sizes:  # they share their weights
+      sizes["num_iterations"] = 1
+    model = mlp_models.create(**sizes)
+    size = config.model.image_size
+
+    def init() -> Any:
+      return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(init)))
+
+  one = count(1)
+  return one + (config.model.num_blocks - 1) * (count(2) - one)  # blocks are alike
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+  value: Any = config
+  for part in key.split("."):
+    value = value[part]
+  return value

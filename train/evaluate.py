@@ -2,23 +2,35 @@
 
     python -m train.evaluate --workdir DIR [--split test]
 
-Prints one JSON object: split, images, loss, accuracy and top5, the last two as fractions.
+Prints one JSON object: split, images, loss, accuracy and top5, the last two as fractions; null
+where a loss is no number. Classes are joined to the run's by name.
 """
 
-import argparse
 import json
+import math
+import re
+
+import jax
 
 from train import data, flags
 from train.devices.compile import start_jax
-from train.devices.mesh import make_mesh, microbatch_size
-from train.errors import ConfigError, DataError, UnreachableError, WorkdirError, fail
+from train.devices.mesh import fitting_sizes, make_mesh
+from train.errors import (
+  OUT_OF_MEMORY,
+  ConfigError,
+  DataError,
+  UnreachableError,
+  WorkdirError,
+  fail,
+  until_nobody_reads,
+)
 from train.run.workdir import from_flag, read_config
 from train.step import evaluate, make_eval_step
 
 
 def main() -> None:
   """Exit status: 0 done, 1 no usable run or dataset, 2 wrong flags."""
-  parser = argparse.ArgumentParser(prog="python -m train.evaluate", allow_abbrev=False)
+  parser = flags.Parser(prog="python -m train.evaluate")
   parser.add_argument("--workdir", type=from_flag, required=True, help="workdir of the run")
   parser.add_argument("--split", default="test", choices=data.SPLITS)
   parser.add_argument("--data_dir", help="folder of the dataset, if it has moved since training")
@@ -30,21 +42,41 @@ def main() -> None:
     config = read_config(arguments.workdir)
     start_jax(config)
     mesh = make_mesh()
-    microbatch = microbatch_size(config, mesh)
     trained = checkpoint.load_trained_model(arguments.workdir, mesh)
     if arguments.data_dir:
       data.move(config.data, arguments.data_dir)
-    dataset = data.load(config.data, config.model.image_size, splits=(arguments.split,))
+    dataset = data.load(
+      config.data,
+      config.model.image_size,
+      splits=(arguments.split,),
+      class_names=trained.info.class_names,
+    )
   except (ConfigError, WorkdirError) as error:
     fail(error, 1)
   except UnreachableError as error:
     fail(f"{str(error).splitlines()[0]} Say where it is with --data_dir.", 1)
   except DataError as error:
-    fail(str(error).replace("--config.data.", "--"), 1)
+    fail(_with_own_flags(str(error)), 1)
   split = dataset[arguments.split]
+  batch_size, microbatch = fitting_sizes(config, mesh)
   step = make_eval_step(trained.model, microbatch, mesh)
-  metrics = evaluate(step, trained.weights, split, config.batch_size, mesh)
-  print(json.dumps({"split": arguments.split, "images": len(split), **metrics}))
+  try:
+    metrics = evaluate(step, trained.weights, split, batch_size, mesh)
+  except DataError as error:  # a streamed image that can't be read
+    fail(_with_own_flags(str(error)), 1)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    fail(OUT_OF_MEMORY, 1)
+  numbers = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+  with until_nobody_reads():
+    print(json.dumps({"split": arguments.split, "images": len(split), **numbers}))
+
+
+def _with_own_flags(message: str) -> str:
+  """An error's message without flags that only training has: here they are the run's config."""
+  message = message.replace("--config.data.data_dir", "--data_dir")
+  return re.sub(r"--config\.(\S*\w)", r"\1 in the run's config.json", message)
 
 
 if __name__ == "__main__":

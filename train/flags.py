@@ -1,18 +1,42 @@
 """Parses `--config configs/MODEL.py[:VARIANT] [--config.KEY=VALUE ...]`."""
 
 import argparse
-import difflib
 import logging as standard_logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+import types
+from pathlib import Path
+from typing import Any, NoReturn
 
-from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import logging
+from ml_collections import ConfigDict
 
-from train.errors import fail
+from train import errors, knobs
+from train.errors import fail, first_line, printable
 
 CONFIG_HELP = "config file, as in configs/mixer.py or configs/mixer.py:smoke"
+
+
+class Parser(argparse.ArgumentParser):
+  """Knows `--debug`, and ends with status 2 and one line if a flag is wrong."""
+
+  def __init__(self, **options: Any):
+    super().__init__(**options, allow_abbrev=False)
+    self.add_argument(
+      "--debug",
+      action="store_true",
+      default=argparse.SUPPRESS,
+      help="print the traceback behind an error",
+    )
+
+  def parse_known_args(self, args=None, namespace=None):
+    namespace, rest = super().parse_known_args(args, namespace)
+    errors.debug = getattr(namespace, "debug", False)
+    return namespace, rest
+
+  def error(self, message: str) -> NoReturn:
+    fail(printable(message), 2)
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDict]:
@@ -21,56 +45,69 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDi
   Args:
     parser: declares `--config` and other flags, but not `--config.KEY=VALUE`.
   Returns:
-    The parsed flags, and the config with the overrides applied.
+    The parsed flags, and the config with the overrides applied. `check.check_config` checks it.
   """
   arguments, overrides = parser.parse_known_args()
   try:
-    return arguments, _read_config(arguments.config, overrides)
+    config = _read_config(arguments.config)
+    knobs.override(config, overrides)  # before it is resolved: what refers to a knob follows it
+    knobs.require_all(config)
+    return arguments, config.copy_and_resolve_references().lock()
   except ValueError as error:
     fail(error, 2)
 
 
+def path(text: str) -> Path:
+  """A path from the command line. A shell expands `~` only at the beginning of a word."""
+  return Path(os.path.expanduser(text))
+
+
 def quiet_libraries() -> None:
-  """Silences the log lines of orbax, TFDS and matplotlib; their errors still show."""
-  logging.set_verbosity(logging.ERROR)
+  """Silences the log lines of orbax, TFDS and matplotlib; their errors are raised as well."""
+  logging.set_verbosity(logging.FATAL)  # orbax logs the tracebacks of its threads
   standard_logging.getLogger("matplotlib").setLevel(standard_logging.ERROR)  # it works without HOME
 
 
-def _read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
-  if not os.path.isfile(path.split(":")[0]):
-    raise ValueError(f"--config {path}: no such file")
-  default = _parse_config(path, [])
-  keys = _keys(default)
-  for flag in overrides:
-    key = flag.removeprefix("--config.").split("=")[0]
-    if flag.startswith("--config.") and key not in keys:
-      nearest = difflib.get_close_matches(key, keys, n=1)
-      hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(keys)}"
-      raise ValueError(f"config has no key {key!r}: {hint}")
-    if flag.startswith("-") and not flag.startswith("--config."):
-      raise ValueError(f"unknown flag {flag}: a config's knobs are --config.KEY=VALUE")
-  return _parse_config(path, overrides)
+def _read_config(flag: str) -> ConfigDict:
+  """The config of a file, FILE or FILE:VARIANT.
 
-
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-  """All dotted keys of a config."""
-  keys: list[str] = []
-  for key in config:
-    value = config[key]
-    keys += _keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
-  return keys
-
-
-def _parse_config(path: str, overrides: Sequence[str]) -> ConfigDict:
-  values = flags.FlagValues()
-  argv = [sys.argv[0], f"--config={path}", *overrides]
-  holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  Raises:
+    ValueError: the file is missing, fails, or gives no config.
+  """
+  file, separator, variant = flag, "", ""
+  if not path(file).is_file():
+    file, separator, variant = flag.rpartition(":")
+  start = f"--config {printable(flag)}"
+  if not path(file).is_file():
+    why = "a folder" if path(flag).is_dir() and flag else "no such file"
+    raise ValueError(f"{start}: {why}")
+  module = types.ModuleType("config_file")
+  module.__file__ = str(path(file))
+  sys.modules[module.__name__] = module  # dataclasses look their module up
   try:
-    rest = values(argv)[1:]
-  except Exception as error:
-    # An error in a config file arrives as a whole traceback; its last line is the message.
-    message = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
-    raise ValueError(message if overrides else f"--config {path}: {message}") from error
-  if rest:
-    raise ValueError(f"unknown argument {rest[0]!r}")
-  return holder.value.copy_and_resolve_references()
+    # Not imported: Python would write its bytecode beside the file, and take that for the file's if
+    # this is edited within a second.
+    exec(compile(path(file).read_bytes(), module.__file__, "exec"), module.__dict__)
+    if not callable(getattr(module, "get_config", None)):
+      raise ValueError("it has no function get_config, which returns the config")
+    config = module.get_config(*[variant] if separator else [])
+    if isinstance(config, ConfigDict):
+      return config
+  except (Exception, SystemExit) as error:
+    raise ValueError(f"{start}: {_reason(error, module.__file__)}") from error
+  raise ValueError(
+    f"{start}: get_config() returns {type(config).__name__}, it must return a ConfigDict, as "
+    "configs/default.py does"
+  )
+
+
+def _reason(error: BaseException, file: str) -> str:
+  """What went wrong in a config file, and on which line of it, unless it says so in words."""
+  message = printable(first_line(error)).removesuffix(".")
+  if type(error) is ValueError:
+    return message
+  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+  if isinstance(error, SyntaxError):
+    lines, message = [error.lineno] if error.lineno else [], error.msg
+  place = f"line {lines[-1]}: " if lines else ""
+  return f"{place}{type(error).__name__}: {message}"

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train import data, optimizer
+from train.check import check_memory
 from train.data.batches import num_batches, train_calls
 from train.data.statistics import channel_statistics
 from train.devices import hosts
@@ -60,6 +61,7 @@ def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[st
   """
   folder = epath.Path(folder)
   mesh = make_mesh(**config.mesh)
+  check_memory(config, mesh)
   microbatch = microbatch_size(config, mesh)  # raises, before anything costly starts
   with contextlib.ExitStack() as stack:
     stack.enter_context(lock.owned(folder))

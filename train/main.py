@@ -3,7 +3,6 @@
 python -m train.main --config configs/MODEL.py [--workdir DIR] [--config.KEY=VALUE ...]
 """
 
-import argparse
 import time
 
 import jax
@@ -35,7 +34,7 @@ def main() -> None:
   """Exit status: 0 finished, 1 failed, 2 wrong flags; 70 a loss or gradient was not finite; 75
   another process was lost, or results can't be written now; 129 stopped by SIGHUP, 130 by SIGINT
   (Ctrl-C), 138 by SIGUSR1, 143 by SIGTERM."""
-  parser = argparse.ArgumentParser(prog="python -m train.main", allow_abbrev=False)
+  parser = flags.Parser(prog="python -m train.main")
   parser.add_argument("--config", required=True, help=flags.CONFIG_HELP)
   parser.add_argument(
     "--workdir",

@@ -2,26 +2,40 @@
 
     python -m train.predict --workdir DIR IMAGE... [--json]
 
-Prints the five likeliest classes of each image. Images that can't be read are reported on stderr;
-the others are still classified, and the exit status is 1.
+Prints the five likeliest classes of each image, in the order of the arguments, as they come. Of a
+folder, all images below it are classified. Images that can't be read are reported on stderr; the
+others are still classified, and the exit status is 1.
 """
 
-import argparse
+import collections
+import io
+import itertools
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from jax.sharding import Mesh, NamedSharding
 
 from train import augment, flags
-from train.data.batches import batches
-from train.data.decode import PIL_MODES
-from train.data.splits import Split
+from train.data.decode import decode_file
+from train.data.listing import image_files
+from train.data.names import FOLDER
 from train.devices.compile import skip_missing_tpu
-from train.devices.mesh import make_mesh
-from train.errors import WorkdirError, fail
+from train.devices.machine import cores
+from train.devices.mesh import by_example, fitting_sizes, make_mesh
+from train.errors import (
+  OUT_OF_MEMORY,
+  DataError,
+  WorkdirError,
+  fail,
+  first_line,
+  until_nobody_reads,
+)
 from train.run.checkpoint import TrainedModel, load_trained_model
 from train.run.workdir import from_flag
 from train.state import apply_model
@@ -38,7 +52,20 @@ def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
   Returns:
     float32 [B, num_classes].
   """
+  sharding = trained.weights.mean.sharding
+  mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+  assert isinstance(mesh, Mesh)  # so `load_trained_model` places them
+  return make_predict(trained, mesh)(images)
+
+
+def make_predict(trained: TrainedModel, mesh: Mesh) -> Callable[[np.ndarray], np.ndarray]:
+  """`predict` for a model and a mesh: images -> probabilities.
+
+  Images are computed on all devices, one microbatch on each at a time. The last are padded, so that
+  one program serves any number of images.
+  """
   model, weights = trained.model, trained.weights
+  size = fitting_sizes(trained.config, mesh)[1] * mesh.size
 
   @jax.jit
   def probabilities(weights, images):
@@ -47,59 +74,103 @@ def predict(trained: TrainedModel, images: np.ndarray) -> np.ndarray:
     )
     return jax.nn.softmax(apply_model(model, weights.params, x))
 
-  labels = np.zeros(len(images), np.int32)  # unknown and unused
-  size = min(len(images), trained.config.batch_size)
-  rows = batches(Split(images, labels), size)
-  answers = [probabilities(weights, batch["image"])[batch["mask"]] for batch in rows]
-  return np.concatenate(answers)
+  def apply(images: np.ndarray) -> np.ndarray:
+    answers = []
+    for start in range(0, len(images), size):
+      part = images[start : start + size]
+      padded = np.zeros((size, *part.shape[1:]), np.uint8)
+      padded[: len(part)] = part
+      on_mesh = jax.device_put(padded, by_example(mesh))
+      answers.append(probabilities(weights, on_mesh))  # not waited for
+    return np.concatenate(answers)[: len(images)]
 
-
-def read_image(path: str, shape: Sequence[int]) -> np.ndarray:
-  """Reads any image that Pillow decodes as uint8 of `shape` [H, W, C], resized with antialiasing.
-
-  Raises:
-    Exception: the file is missing or not an image; the type depends on Pillow's decoder.
-  """
-  height, width, channels = shape
-  with Image.open(path) as file:
-    image = ImageOps.exif_transpose(file)  # turn photos upright
-    image = image.convert(PIL_MODES[channels])
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(shape)
+  return apply
 
 
 def main() -> None:
   """Exit status: 0 all images classified, 1 some can't be read or no usable run, 2 wrong flags."""
-  parser = argparse.ArgumentParser(prog="python -m train.predict", allow_abbrev=False)
+  parser = flags.Parser(prog="python -m train.predict")
   parser.add_argument("--workdir", type=from_flag, required=True, help="workdir of the run")
-  parser.add_argument("images", nargs="+", metavar="IMAGE", help="any file that Pillow reads")
+  parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder")
   parser.add_argument("--json", action="store_true", help="print one line of JSON per image")
   arguments = parser.parse_args()
   flags.quiet_libraries()
   skip_missing_tpu()
   try:
-    trained = load_trained_model(arguments.workdir, make_mesh())
+    mesh = make_mesh()
+    trained = load_trained_model(arguments.workdir, mesh)
   except WorkdirError as error:
     fail(error, 1)
-
-  shape = trained.info.shape_in_memory(trained.config.model.image_size)
-  read = {}
-  for path in arguments.images:
-    try:
-      read[path] = read_image(path, shape)
-    except Exception as error:  # Pillow's decoders raise errors of any type
-      print(f"{path}: {error}", file=sys.stderr)
-  if read:
-    answers = predict(trained, np.stack(list(read.values())))
-    for path, probabilities in zip(read, answers, strict=True):
-      top = np.argsort(-probabilities)[:TOP]
-      classes = [(trained.info.class_names[i], float(probabilities[i])) for i in top]
-      _print_answer(path, classes, arguments.json)
-  if len(read) < len(set(arguments.images)):
+  if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be in no or another encoding
+    is_utf8 = sys.stdout.encoding.lower() == "utf-8"
+    sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
+  try:
+    with until_nobody_reads():
+      answered = _answer(trained, mesh, _files(arguments.images), arguments.json)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    fail(OUT_OF_MEMORY, 1)
+  if not answered:
     sys.exit(1)
 
 
-def _print_answer(path: str, classes: list[tuple[str, float]], as_json: bool) -> None:
+def _files(arguments: Sequence[str]) -> Iterator[str]:
+  """The files of the arguments, in order; a folder itself if it can't be read or holds none."""
+  for argument in arguments:
+    path = argument if os.path.lexists(argument) else os.path.expanduser(argument)
+    if not os.path.isdir(path):
+      yield path
+      continue
+    found = image_files(path)
+    try:
+      yield from itertools.chain([next(found, path)], found)
+    except DataError:
+      yield path
+
+
+def _answer(trained: TrainedModel, mesh: Mesh, paths: Iterator[str], as_json: bool) -> bool:
+  """Prints an answer for each file, or on stderr why there is none; whether all had one."""
+  shape = trained.info.shape_in_memory(trained.config.model.image_size)
+  data = trained.config.data
+  upright = data.name.startswith(FOLDER)  # TFDS does not turn photos
+
+  def read(path: str) -> np.ndarray | Exception:
+    try:
+      if os.path.isdir(path):
+        collections.deque(image_files(path), maxlen=0)  # raises if a folder can't be read
+        raise ValueError("a folder without images")
+      return decode_file(
+        Path(path).read_bytes(), shape, background=data.background, upright=upright
+      )
+    except Exception as error:  # of the file system, of Pillow, or too little memory
+      return error
+
+  apply, answered = make_predict(trained, mesh), True
+  batch_size = fitting_sizes(trained.config, mesh)[0]
+  with ThreadPoolExecutor(cores()) as threads:  # decoders release Python's lock
+    while batch := list(itertools.islice(paths, batch_size)):
+      images = list(threads.map(read, batch))
+      good = [image for image in images if isinstance(image, np.ndarray)]
+      answers = iter(apply(np.stack(good)) if good else ())
+      for path, image in zip(batch, images, strict=True):
+        if isinstance(image, Exception):
+          answered = False
+          sys.stdout.flush()  # to keep the order where both go to one terminal
+          reason = image.strerror if isinstance(image, OSError) else None
+          print(f"{path}: {reason or first_line(image)}", file=sys.stderr, flush=True)
+        else:
+          _print_answer(path, _top(next(answers), trained.info.class_names), as_json)
+      sys.stdout.flush()
+  return answered
+
+
+def _top(probabilities: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, float]]:
+  top = np.argsort(-probabilities)[:TOP]
+  return [(class_names[i], float(probabilities[i])) for i in top]
+
+
+def _print_answer(path: str, classes: Iterable[tuple[str, float]], as_json: bool) -> None:
   if as_json:
     top = [{"class": name, "probability": probability} for name, probability in classes]
     print(json.dumps({"image": path, "top5": top}))

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train import data
+from train.check import check_memory
 from train.data.batches import train_calls
 from train.data.statistics import channel_statistics
 from train.devices.mesh import make_mesh, microbatch_size
@@ -41,6 +42,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
     MemoryError: a step does not fit the memory.
   """
   devices = make_mesh(**config.mesh)
+  check_memory(config, devices)
   microbatch = microbatch_size(config, devices)
   info = data.describe(config.data)
   step = make_train_step(config, info.num_classes, microbatch, devices)

@@ -8,22 +8,22 @@ import argparse
 
 from ml_collections import ConfigDict
 
-from train import flags
+from train import flags, knobs
 from train.data.prepared import open_prepared
 from train.data.show import draw_samples
 from train.errors import DataError, fail
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog="python -m train.data", allow_abbrev=False)
+  parser = flags.Parser(prog="python -m train.data")
   commands = parser.add_subparsers(dest="command", required=True)
-  prepare = commands.add_parser("prepare", help="write a dataset to disk", allow_abbrev=False)
+  prepare = commands.add_parser("prepare", help="write a dataset to disk")
   prepare.add_argument("--name", required=True, help='dataset of TFDS, or "shapes100"')
   prepare.add_argument("--data_dir", default="", help="target folder; default: $TFDS_DATA_DIR")
   prepare.add_argument("--archive", default="", help="archive on disk, instead of a download")
-  samples = commands.add_parser("show", help="draw sample images and patches", allow_abbrev=False)
+  samples = commands.add_parser("show", help="draw sample images and patches")
   samples.add_argument("--config", required=True, help=flags.CONFIG_HELP)
-  samples.add_argument("--output", default="samples.png", help="PNG file to write")
+  samples.add_argument("--output", type=flags.path, default="samples.png", help="PNG file to write")
   return parser
 
 
@@ -34,6 +34,12 @@ def main() -> None:
   try:
     if arguments.command == "show":
       arguments, config = flags.parse(parser)
+      knobs.check_knobs(config)
+      import mlp_models  # late: imports JAX, which `prepare` does not need
+
+      if not arguments.output.parent.is_dir():
+        raise FileNotFoundError(f"--output {arguments.output}: its folder is missing")
+      mlp_models.create(**config.model)  # raises if its patches do not tile the image
       draw_samples(config, arguments.output)
       print(f"Wrote {arguments.output}")
     elif unknown:

@@ -111,6 +111,11 @@ def contents(folder: str, count_beside: bool = True) -> Contents:
   return found
 
 
+def image_files(folder: str) -> Iterator[str]:
+  """Paths of all images below a folder, by name; DataError if a folder can't be read."""
+  return (file.path for file in _walk(folder, ()) if _is_image(file.name))
+
+
 def describe_left_out(counts: collections.Counter[str]) -> str:
   """Such as "left out: 11 files (.psd 10, .txt 1)"."""
   kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in counts.most_common())

@@ -129,5 +129,21 @@ def microbatch_size(config: ConfigDict, mesh: Mesh) -> int:
     return config.microbatch
   if mesh.devices.flat[0].platform != "cpu":
     return local_batch
-  most = min(local_batch, config.cpu_microbatch)
-  return next(n for n in range(most, 0, -1) if local_batch % n == 0)
+  return _largest_divisor(local_batch, config.cpu_microbatch)
+
+
+def fitting_sizes(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+  """Batch and microbatch to use a trained model with, on any number of devices.
+
+  Returns:
+    `config.batch_size`, rounded up to a multiple of the devices, and the largest divisor of a
+    device's part of it that is no larger than the microbatch of `microbatch_size`.
+  """
+  local_batch = -(-config.batch_size // mesh.size)
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  most = config.microbatch or (config.cpu_microbatch if on_cpu else local_batch)
+  return local_batch * mesh.size, _largest_divisor(local_batch, most)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+  return next(n for n in range(min(number, most), 0, -1) if number % n == 0)

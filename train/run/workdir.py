@@ -15,6 +15,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+import mlp_models
 from configs import default
 from train.data.splits import DatasetInfo
 from train.errors import WorkdirError, first_line
@@ -158,7 +159,7 @@ def _remove_beginning(workdir: epath.Path) -> None:
 def _require_same_run(workdir: epath.Path, run: dict[str, Any], trained: int) -> dict[str, Any]:
   """The files of `run` that must change: config.json if its number of epochs differs."""
   there = {"config.json": json.loads(read_config(workdir).to_json())}
-  there["dataset.json"] = read(workdir / "dataset.json")
+  there["dataset.json"] = _read(workdir / "dataset.json")
   differences = []
   for name, content in run.items():
     differences += _differences(_flat(there[name]), _flat(content))
@@ -183,10 +184,16 @@ def read_config(workdir: epath.Path) -> ConfigDict:
   """The config of the run in `workdir`; knobs that are newer than the run have their defaults.
 
   Raises:
-    WorkdirError: the folder holds no run.
+    WorkdirError: the folder holds no run, or a damaged one.
   """
   config = ConfigDict(default.get_config(), type_safe=False)
-  config.update(read(workdir / "config.json"))
+  path = workdir / "config.json"
+  content = _read(path)
+  try:
+    config.update(content)
+    mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
+  except (AttributeError, TypeError, ValueError) as error:  # no object, or of other types
+    raise WorkdirError(f"{path} is damaged: {first_line(error)}") from error
   return config
 
 
@@ -194,12 +201,16 @@ def read_dataset(workdir: epath.Path) -> DatasetInfo:
   """The description of the dataset that the run in `workdir` was trained on.
 
   Raises:
-    WorkdirError: the folder holds no run.
+    WorkdirError: the folder holds no run, or a damaged one.
   """
-  fields = read(workdir / "dataset.json")
-  for name in ("class_names", "image_shape"):
-    fields[name] = tuple(fields[name])
-  return DatasetInfo(**fields)
+  path = workdir / "dataset.json"
+  fields = _read(path)
+  try:
+    for name in ("class_names", "image_shape"):
+      fields[name] = tuple(fields[name])
+    return DatasetInfo(**fields)
+  except (KeyError, TypeError) as error:
+    raise WorkdirError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _differences(old: dict, new: dict) -> list[str]:
@@ -218,7 +229,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
   return flat
 
 
-def read(path: epath.Path) -> dict[str, Any]:
+def _read(path: epath.Path) -> dict[str, Any]:
   """A JSON object of a workdir.
 
   Raises:
