@@ -33,6 +33,7 @@ from train.devices.compile import compiler_options, start_jax
 from train.devices.machine import peak_memory, process_age
 from train.devices.reduction import sum_over_batch
 from train.errors import ConfigError, DataError, fail
+from train.interrupt import interruptible
 from train.state import count_parameters, make_model
 from train.step import evaluate, loss, make_eval_step
 from train.sweep import sweep_and_draw, tune
@@ -225,6 +226,7 @@ def _measure_all(output: Path, repeats: int, seconds: float) -> None:
   print(f"\n{format_table(rows)}\nWrote {output / 'bench.json'} and {output / 'bench.md'}.")
 
 
+@interruptible()
 def main() -> None:
   """Exit status: 0 measured, 1 no usable dataset or too little memory, 2 wrong flags."""
   parser = flags.Parser(prog="python -m train.bench")

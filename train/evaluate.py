@@ -24,12 +24,14 @@ from train.errors import (
   fail,
   until_nobody_reads,
 )
+from train.interrupt import interruptible
 from train.run.workdir import from_flag, read_config
 from train.step import evaluate, make_eval_step
 
 
+@interruptible()
 def main() -> None:
-  """Exit status: 0 done, 1 no usable run or dataset, 2 wrong flags."""
+  """Exit status: 0 done, 1 no usable run or dataset, 2 wrong flags, 128 + N stopped by signal N."""
   parser = flags.Parser(prog="python -m train.evaluate")
   parser.add_argument("--workdir", type=from_flag, required=True, help="workdir of the run")
   parser.add_argument("--split", default="test", choices=data.SPLITS)

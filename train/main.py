@@ -3,6 +3,8 @@
 python -m train.main --config configs/MODEL.py [--workdir DIR] [--config.KEY=VALUE ...]
 """
 
+import contextlib
+import os
 import time
 
 import jax
@@ -21,8 +23,10 @@ from train.errors import (
   TrainingFailed,
   WorkdirError,
   fail,
+  first_line,
 )
 from train.run import workdir
+from train.run.storage import is_local
 
 _OUT_OF_MEMORY = """out of memory. Three knobs help:
   --config.microbatch=N            compute fewer images at a time (the result is the same)
@@ -30,6 +34,7 @@ _OUT_OF_MEMORY = """out of memory. Three knobs help:
   --config.model.KEY=VALUE         a smaller model, or larger patches"""
 
 
+@interrupt.interruptible()
 def main() -> None:
   """Exit status: 0 finished, 1 failed, 2 wrong flags; 70 a loss or gradient was not finite; 75
   another process was lost, or results can't be written now; 129 stopped by SIGHUP, 130 by SIGINT
@@ -48,10 +53,9 @@ def main() -> None:
     check.check_config(config)
   except ConfigError as error:
     fail(error, 2)
-  with interrupt.interruptible():
-    start_jax(config)
-    with hosts.joined(arguments):
-      _run(config, arguments.workdir)
+  start_jax(config)
+  with hosts.joined(arguments):
+    _run(config, arguments.workdir)
 
 
 def _run(config: ConfigDict, folder: epath.Path | None) -> None:
@@ -77,8 +81,12 @@ def _run(config: ConfigDict, folder: epath.Path | None) -> None:
     if "RESOURCE_EXHAUSTED" in str(error):
       fail(_OUT_OF_MEMORY, 1)
     if hosts.is_loss_of_another(error):
-      fail(f"another process of this run is lost: {error}", hosts.LOST)
+      fail(f"another process of this run is lost: {first_line(error)}", hosts.LOST)
     raise
+  finally:
+    if folder is not None and is_local(folder):
+      with contextlib.suppress(OSError):
+        os.rmdir(folder)  # if nothing was written: otherwise it is not empty
   print(metrics.format_summary(summary, folder))
 
 

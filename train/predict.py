@@ -25,19 +25,21 @@ from train import augment, flags
 from train.data.decode import decode_file
 from train.data.listing import image_files
 from train.data.names import FOLDER
-from train.devices.compile import skip_missing_tpu
+from train.devices.compile import start_jax
 from train.devices.machine import cores
 from train.devices.mesh import by_example, fitting_sizes, make_mesh
 from train.errors import (
   OUT_OF_MEMORY,
+  ConfigError,
   DataError,
   WorkdirError,
   fail,
   first_line,
   until_nobody_reads,
 )
+from train.interrupt import interruptible
 from train.run.checkpoint import TrainedModel, load_trained_model
-from train.run.workdir import from_flag
+from train.run.workdir import from_flag, read_config
 from train.state import apply_model
 
 TOP = 5
@@ -87,19 +89,21 @@ def make_predict(trained: TrainedModel, mesh: Mesh) -> Callable[[np.ndarray], np
   return apply
 
 
+@interruptible()
 def main() -> None:
-  """Exit status: 0 all images classified, 1 some can't be read or no usable run, 2 wrong flags."""
+  """Exit status: 0 all images classified, 1 some can't be read or no usable run, 2 wrong flags,
+  128 + N stopped by signal N."""
   parser = flags.Parser(prog="python -m train.predict")
   parser.add_argument("--workdir", type=from_flag, required=True, help="workdir of the run")
   parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder")
   parser.add_argument("--json", action="store_true", help="print one line of JSON per image")
   arguments = parser.parse_args()
   flags.quiet_libraries()
-  skip_missing_tpu()
   try:
+    start_jax(read_config(arguments.workdir))
     mesh = make_mesh()
     trained = load_trained_model(arguments.workdir, mesh)
-  except WorkdirError as error:
+  except (ConfigError, WorkdirError) as error:
     fail(error, 1)
   if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be in no or another encoding
     is_utf8 = sys.stdout.encoding.lower() == "utf-8"

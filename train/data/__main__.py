@@ -12,6 +12,7 @@ from train import flags, knobs
 from train.data.prepared import open_prepared
 from train.data.show import draw_samples
 from train.errors import DataError, fail
+from train.interrupt import interruptible
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,8 +28,10 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+@interruptible()
 def main() -> None:
-  """Runs the command line; exit status 1: no usable dataset, 2: wrong flags."""
+  """Runs the command line; exit status 1: no usable dataset, 2: wrong flags,
+  128 + N: stopped by signal N."""
   parser = _parser()
   arguments, unknown = parser.parse_known_args()
   try:

@@ -218,14 +218,11 @@ def _prepared_builder(data_config):
 
 def data_dir(data_config: ConfigDict) -> Path:
   """Where TFDS keeps its datasets."""
-  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  try:
-    return Path(data_config.data_dir or default).expanduser().absolute()
-  except RuntimeError:
-    raise DataError(
-      f"{data_config.data_dir or default}: there is no home folder. Say where the datasets are "
-      "with --config.data.data_dir=DIR."
-    ) from None
+  chosen = data_config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  path = Path(os.path.expanduser(chosen))
+  if path.parts[0].startswith("~"):
+    raise DataError(f"{chosen}: there is no home folder: give --config.data.data_dir=DIR")
+  return path.absolute()
 
 
 def _builder(name, data_dir):
@@ -300,7 +297,7 @@ def _use_archive(builder, data_config):
   """Makes the builder read the archive on disk, after a check of its size and sha256."""
   from tensorflow_datasets.core.download import checksums
 
-  archive = Path(data_config.archive).expanduser()
+  archive = Path(os.path.expanduser(data_config.archive))
   if not hasattr(builder, "archive"):
     raise DataError(f"Only cifar10 and cifar100 are prepared from an archive, not {builder.name}.")
   if not archive.is_file():
