@@ -86,7 +86,7 @@ from train.data.complaints import complaints
 def decode(i):
   with complaints.counted("shard"):
     os.write(2, b"libpng warning: iCCP: too short\\n")
-    print(f"a line of thread {i}", file=sys.stderr)
+    os.write(2, f"a line of thread {i}\\n".encode())
 threads = [threading.Thread(target=decode, args=[i]) for i in range(20)]
 [t.start() for t in threads], [t.join() for t in threads]
 try:

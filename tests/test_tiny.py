@@ -83,7 +83,7 @@ def test_tiny_and_odd_folders_train_and_evaluate(tmp_path, make, streamed):
     *(value for row in rows for value in row.values()),
     *metrics.read_summary(workdir).values(),
   ]
-  assert all(math.isfinite(value) for value in found)
+  assert all(math.isfinite(value) for value in found if not isinstance(value, str))
   answer = json.loads(call("train.evaluate", "--workdir", workdir))
   assert all(math.isfinite(answer[key]) for key in ("loss", "accuracy", "top5"))
   config = json.loads((workdir / "config.json").read_text())["data"]

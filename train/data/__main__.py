@@ -38,11 +38,8 @@ def main() -> None:
     if arguments.command == "show":
       arguments, config = flags.parse(parser)
       knobs.check_knobs(config)
-      import mlp_models  # late: imports JAX, which `prepare` does not need
-
       if not arguments.output.parent.is_dir():
         raise FileNotFoundError(f"--output {arguments.output}: its folder is missing")
-      mlp_models.create(**config.model)  # raises if its patches do not tile the image
       draw_samples(config, arguments.output)
       print(f"Wrote {arguments.output}")
     elif unknown:

@@ -210,7 +210,7 @@ def _prepared_builder(data_config):
   if builder.info.file_format.value != "array_record":
     raise DataError(
       f"{folder} is prepared as {builder.info.file_format.value}, which can't be read by index. "
-      f"Prepare it as ArrayRecord in another folder: "
+      "Prepare it as ArrayRecord in another folder: "
       f"python -m train.data prepare --name {data_config.name} --data_dir DIR"
     )
   return builder
@@ -283,8 +283,7 @@ def _prepare(builder, data_config):
     raise DataError(
       f"TFDS prepares {builder.name} with a package that is not installed here: "
       f"{first_line(error)} Prepare it on a machine that has the package, with "
-      f'builder.download_and_prepare(file_format="array_record"), and copy the result to '
-      f"{builder.data_path}."
+      f'builder.download_and_prepare(file_format="array_record"), copied to {builder.data_path}.'
     ) from error
   except (requests.RequestException, NonMatchingChecksumError) as error:
     # A download that broke off, or a proxy's page instead of the archive.

@@ -161,7 +161,8 @@ def _use_every_core(batch_size: int) -> None:
     return
   most = min(physical_cores(), _MOST_CPU_DEVICES)
   devices = next(n for n in range(most, 0, -1) if batch_size % n == 0)
-  jax.config.update("jax_num_cpu_devices", devices)
+  with contextlib.suppress(RuntimeError):  # JAX has already started: its devices stay
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _keep_freed_memory() -> None:

@@ -308,6 +308,8 @@ def load_trained_model(folder: epath.Path, mesh: Mesh) -> TrainedModel:
     with Checkpoints(folder, read_only=True) as checkpoints:
       template = abstract_state(make_init(config, info, mesh), info).weights()
       best = checkpoints.restore_best(template, best_epoch)
+  if best is None and metrics.read(folder):
+    raise WorkdirError(f"{folder / 'checkpoints' / 'best'} holds no weights: they were removed")
   if best is None:
     raise WorkdirError(f"{folder} holds no weights yet: no epoch of its run has ended")
   return TrainedModel(config, info, make_model(config, info.num_classes), best[0])
