@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from runs import REPOSITORY, numbers, start
+from runs import REPOSITORY, numbers, run, start
 
 from train import data
 from train.devices.mesh import make_mesh
@@ -277,3 +277,15 @@ def test_a_second_ctrl_c_ends_at_once_while_xla_compiles(how):
   last = error.splitlines()[-1]
   if how == "recorded" or last != "error: stopped by SIGINT":  # heard where Python had its turn
     assert last == "error: stopped at once by a second Ctrl-C; nothing more is saved"
+
+
+@pytest.mark.parametrize("command", ["main", "evaluate", "predict", "data", "bench"])
+def test_ctrl_c_while_libraries_are_imported_is_silent(command):
+  process = run(sys.executable, "-X", "importtime", "-m", f"train.{command}", "--help")
+  for line in process.stderr:  # a line for each import
+    if "| train" in line or "numpy" in line:
+      break
+  process.send_signal(signal.SIGINT)
+  _, error = process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGINT
+  assert "Traceback" not in error and "KeyboardInterrupt" not in error

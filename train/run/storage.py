@@ -53,7 +53,7 @@ def reason(error: BaseException) -> str:
   for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
     if f"os_error_code='{code}'" in text:  # as tensorstore reports it, after long paths
       return os.strerror(code)
-  return text.splitlines()[0]
+  return text.splitlines()[0].partition(". See full TensorStore")[0]
 
 
 @contextlib.contextmanager
