@@ -92,24 +92,21 @@ class Checkpoints:
     Raises:
       StorageError: the state could not be written, with `wait` or for the second time.
     """
-    if failed := self._failure():
-      print(f"{failed}; trying again", file=sys.stderr, flush=True)
+    failed = self._failure()
     # Add the epoch: after an epoch's evaluation the state has changed, but not the step.
     step = int(state.step) + int(state.epoch)
+    if step not in self._last.all_steps():  # it is right after a resume
+      if not wait and not failed:
+        try:
+          _begin(self._last, state, step)
+          self._under_way = step
+        except Exception as error:  # of any type, from orbax
+          failed = f"{self._path(self._last, step)} can't be written: {reason(error)}"
+      if failed:
+        print(f"{failed}; trying again", file=sys.stderr, flush=True)
+      if failed or wait:
+        self._save(self._last, state, step)
     self._saved_at = time.monotonic()
-    if step in self._last.all_steps():
-      return  # right after a resume
-    if not wait and not failed:
-      try:
-        _begin(self._last, state, step)
-        self._under_way = step
-        return
-      except Exception as error:  # of any type, from orbax
-        path = self._last.directory / str(step)
-        print(
-          f"{path} can't be written: {reason(error)}; trying again", file=sys.stderr, flush=True
-        )
-    self._save(self._last, state, step)
 
   def save_best(self, state: TrainState) -> None:
     """Saves the weights of the best epoch so far, and waits until they are on disk.
