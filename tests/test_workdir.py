@@ -1,11 +1,14 @@
 """A workdir has one owner, and nothing of value in it is lost or taken for another run's."""
 
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +17,13 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from runs import REPOSITORY, numbers, run, start
+from runs import COMMAND, REPOSITORY, numbers, run, signals_are_heard, start
 
-from train import data
+from configs import default
+from train import data, interrupt
 from train.devices.mesh import make_mesh
-from train.errors import WorkdirError
-from train.loop import train_and_evaluate
+from train.errors import SavedAndStopped, WorkdirError
+from train.loop import Watch, train_and_evaluate
 from train.run import lock, metrics, workdir
 from train.run.checkpoint import Checkpoints, load_trained_model
 from train.state import abstract_state, make_init
@@ -67,7 +71,10 @@ def test_the_lock_of_a_dead_process_does_not_block(owner, tmp_path):
   assert (tmp_path / "run" / lock.NAME).exists()
   with lock.owned(epath.Path(tmp_path / "run")):
     assert json.loads((tmp_path / "run" / lock.NAME).read_text())["process"] == os.getpid()
-  assert not (tmp_path / "run").exists()  # it was left empty
+  assert list((tmp_path / "run").iterdir()) == []
+  with lock.owned(epath.Path(tmp_path / "new" / "run")):
+    pass
+  assert not (tmp_path / "new" / "run").exists()  # it was left empty
 
 
 def test_a_file_left_by_another_host_does_not_block(tmp_path):
@@ -161,14 +168,39 @@ def test_a_damaged_summary_is_made_anew(finished_run, smoke_config, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(finished_run, folder)
   expected = metrics.read_summary(finished_run)
-  for content in ("", "{", "null", '{"epochs": 3}'):
+  nulled = json.dumps(expected | {"epochs": None})
+  for content in ("", "{", "null", '{"epochs": 3}', nulled):
     (folder / "summary.json").write_text(content)
     assert load_trained_model(folder, make_mesh()).weights.mean.shape == (3,)
     assert train_and_evaluate(smoke_config(epochs=3), folder) == expected
     assert metrics.read_summary(folder) == expected
 
 
-@pytest.mark.parametrize("line", ["{", "\x00\x00", "7", '{"epoch": null}'])
+def test_a_run_killed_at_the_end_of_its_first_epoch_begins_again(
+  finished_run, smoke_config, tmp_path
+):
+  config = smoke_config(epochs=3)
+  train_and_evaluate(smoke_config(epochs=1), tmp_path)
+  (tmp_path / "summary.json").unlink()
+  shutil.rmtree(tmp_path / "checkpoints" / "last" / "9")  # as if killed while it was saved
+  assert (tmp_path / "checkpoints" / "best" / "1").exists()
+  train_and_evaluate(config, tmp_path)
+  assert numbers(tmp_path) == numbers(finished_run)
+
+
+def test_a_refused_command_changes_nothing(finished_run, smoke_config, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(finished_run, folder)
+  shutil.rmtree(folder / "checkpoints" / "last")
+  before = contents(folder)
+  with pytest.raises(WorkdirError, match="no checkpoints/last to go on from"):
+    train_and_evaluate(smoke_config(epochs=9), folder)
+  assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+  "line", ["{", "\x00\x00", "7", '{"epoch": null}', '{"epoch": 2, "step": 16}']
+)
 def test_damaged_metrics_are_one_line(line, finished_run, smoke_config, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(finished_run, folder)
@@ -289,3 +321,48 @@ def test_ctrl_c_while_libraries_are_imported_is_silent(command):
   _, error = process.communicate(timeout=60)
   assert process.returncode == -signal.SIGINT
   assert "Traceback" not in error and "KeyboardInterrupt" not in error
+
+
+@pytest.mark.parametrize("signum", interrupt.SIGNALS)
+def test_each_signal_saves_the_state_and_stops(signum, monkeypatch):
+  class Spy:
+    seconds_since_last, saved = 0.0, []
+
+    def save_last(self, state, wait):
+      self.saved.append((state, wait))
+
+  config = default.get_config()
+  stop = interrupt.StopRequest()
+  watch = Watch(stop, Spy(), config, make_mesh())
+  with stop:
+    watch("state 0")
+    os.kill(os.getpid(), signum)
+    deadline = time.monotonic() + 10
+    while not stop.signum:
+      assert time.monotonic() < deadline
+    with pytest.raises(SavedAndStopped) as stopped:
+      watch("state 1")
+  assert stopped.value.exit_status == 128 + signum
+  assert Spy.saved[-1] == ("state 1", True)
+
+
+def test_a_run_whose_terminal_closes_is_saved(shapes100, tmp_path):
+  ours, theirs = pty.openpty()
+  with signals_are_heard():
+    process = subprocess.Popen(
+      [*COMMAND, "--config.epochs=200", "--workdir", str(tmp_path / "run")],
+      cwd=REPOSITORY,
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
+      stdin=theirs,
+      stdout=theirs,
+      stderr=theirs,
+      start_new_session=True,
+      preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+  os.close(theirs)
+  shown = b""
+  while b"epoch 1/200" not in shown:
+    shown += os.read(ours, 4096)
+  os.close(ours)
+  assert process.wait(timeout=60) == 128 + signal.SIGHUP
+  assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints" / "last").iterdir()) > 0

@@ -87,7 +87,8 @@ def fail(error: object, status: int) -> NoReturn:
   """Ends the program with a message on stderr and this exit status."""
   if debug and (cause := sys.exc_info()[1]):
     traceback.print_exception(_with_causes(cause))
-  print(f"error: {error}", file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # the terminal has gone
+    print(f"error: {error}", file=sys.stderr, flush=True)
   sys.exit(status)
 
 

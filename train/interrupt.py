@@ -45,11 +45,13 @@ class StopRequest:
 
   def __init__(self):
     self.signum = 0  # of the first signal; 0: none yet
+    self._say: Callable[[str], None] = print
     self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> "StopRequest":
     # Python itself only needs a handler; the signal is recorded as it arrives.
-    self._stack.enter_context(_handled(lambda signum, frame: None, self._record))
+    handled = _handled(lambda signum, frame: None, self._record)
+    self._say = self._stack.enter_context(handled)
     return self
 
   def __exit__(self, *exception) -> None:
@@ -58,11 +60,11 @@ class StopRequest:
   def _record(self, signum: int) -> None:
     if not self.signum:
       self.signum = signum
-      os.write(2, b"\nstopping at the next step\n")
+      self._say("stopping at the next step")
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable, hear: Callable[[int], None]) -> Iterator[None]:
+def _handled(handler: Callable, hear: Callable[[int], None]) -> Iterator[Callable[[str], None]]:
   """Handles SIGNALS; a second Ctrl-C ends the process at once.
 
   Python runs a handler between two of its instructions, so after XLA has compiled. A thread reads
@@ -71,16 +73,29 @@ def _handled(handler: Callable, hear: Callable[[int], None]) -> Iterator[None]:
   Args:
     handler: Python's handler, (signum, frame) -> None.
     hear: called with each signum in the thread, as soon as it arrives.
+  Yields:
+    A function that prints a line on stderr at once; if the terminal has gone, what the process
+    prints from then on is dropped.
   """
+  terminal = os.dup(2)  # descriptor 2 may lead to a file while images are decoded
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
+
+  def say(line: str) -> None:
+    try:
+      os.write(terminal, f"\n{line}\n".encode())
+    except OSError:
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+      os.close(nowhere)
 
   def watch() -> None:
     interrupts = 0
     while signum := os.read(reading, 1)[0]:
       interrupts += signum == signal.SIGINT
       if interrupts == 2:
-        os.write(2, b"\nerror: stopped at once by a second Ctrl-C; nothing more is saved\n")
+        say("error: stopped at once by a second Ctrl-C; nothing more is saved")
         os._exit(128 + signal.SIGINT)
       if signum in previous:
         hear(signum)
@@ -94,12 +109,12 @@ def _handled(handler: Callable, hear: Callable[[int], None]) -> Iterator[None]:
       # nohup has it ignored: the run is to outlive its terminal.
       if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
         previous[signum] = signal.signal(signum, handler)
-    yield
+    yield say
   finally:
-    signal.set_wakeup_fd(wakeup)
     for signum, before in previous.items():
       signal.signal(signum, before)
+    signal.set_wakeup_fd(wakeup)
     os.write(writing, bytes([0]))  # ends the thread
     watcher.join()
-    os.close(reading)
-    os.close(writing)
+    for descriptor in (reading, writing, terminal):
+      os.close(descriptor)

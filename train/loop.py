@@ -38,7 +38,7 @@ from train.state import (
 )
 from train.step import compile_in_background, evaluate, make_eval_step, make_train_step
 
-_SAVE = 1  # vote 1: save; a vote >= 2 is a signal number: save and stop
+_SAVE = 1  # vote 1: save; a larger vote is 1 + the number of a signal: save and stop
 
 
 def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[str, Any]:
@@ -70,7 +70,6 @@ def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[st
     if summary and metrics.is_finished(summary, config.epochs):
       print(f"{folder} holds a finished run; another --workdir starts a new one.")
       return summary
-    workdir.require_state(folder)
     run, state = open_run(config, info, folder, mesh, microbatch, stack)
     state = train(run, state)
     return test(run, state)
@@ -108,11 +107,11 @@ class Watch:
       look: called before the state is saved; raises if it must not be.
     """
     late = self._checkpoints.seconds_since_last > self._seconds
-    if decision := self._agree(self._stop.signum or (_SAVE if late else 0)):
+    if decision := self._agree(_SAVE + self._stop.signum if self._stop.signum else _SAVE * late):
       look()
       self.save(state, wait=decision > _SAVE)
     if decision > _SAVE:
-      raise SavedAndStopped(decision)
+      raise SavedAndStopped(decision - _SAVE)
 
   def save(self, state: TrainState, wait: bool = False) -> None:
     """Saves the state now, in the background unless `wait`."""
@@ -126,10 +125,11 @@ def claim(config: ConfigDict, folder: epath.Path) -> data.DatasetInfo:
     config.data = data.resolve(config.data)
   processes = data.Processes(hosts.share, hosts.gather)
   info = data.describe(config.data, processes, config.model.image_size)
-  rows = metrics.read(folder)
+  rows, summary = metrics.read(folder), metrics.read_summary(folder)
+  trained = rows[-1]["epoch"] if rows else 0
   with hosts.first_goes_first():
-    workdir.claim(folder, config, info, trained=rows[-1]["epoch"] if rows else 0)
-  summary, is_there = metrics.read_summary(folder), (folder / "config.json").exists()
+    workdir.claim(folder, config, info, trained, metrics.is_finished(summary, config.epochs))
+  is_there = (folder / "config.json").exists()
   same = [config.to_json(), info.sizes, info.class_names, is_there, summary]
   hosts.require_same("config, dataset or --workdir", same)
   return info
@@ -173,6 +173,7 @@ def open_run(
     # whoever finds results in the workdir, but no state, knows that it was removed.
     checkpoints.save_last(state, wait=True)
   else:
+    workdir.set_epochs(folder, config.epochs)
     print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
   print(format_header(config, info, dataset, state, mesh, microbatch, compiled), flush=True)
 

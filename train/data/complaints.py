@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import BinaryIO
 
 # How lines begin in libjpeg's jerror.h, in libpng, in OpenCV when it speaks of their files, and in
 # libtiff (which calls each file tempfile.tif).
@@ -36,8 +37,10 @@ class Complaints:
     """Counts the complaints of this context, in which images of a file are decoded."""
     with self._lock:
       if not self._threads:
-        sys.stderr.flush()
-        self._stderr, self._file = os.dup(2), tempfile.TemporaryFile()
+        if sys.stderr:
+          sys.stderr.flush()
+        self._file = _memory_file()
+        self._stderr = os.dup(2)
         self._read = 0
         os.dup2(self._file.fileno(), 2)
       self._threads += 1
@@ -47,7 +50,8 @@ class Complaints:
       with self._lock:
         self._threads -= 1
         if not self._threads:
-          sys.stderr.flush()
+          if sys.stderr:
+            sys.stderr.flush()
           os.dup2(self._stderr, 2)
         self._sort(file)
         if not self._threads:
@@ -78,6 +82,13 @@ class Complaints:
     times = f"{self.count:,} times" if self.count > 1 else "once"
     text = f"Decoders complained {times} about images, first in {self._first}"
     print(text, file=sys.stderr, flush=True)
+
+
+def _memory_file() -> BinaryIO:
+  """A file that needs no folder, where the system has such."""
+  if hasattr(os, "memfd_create"):
+    return open(os.memfd_create("complaints"), "w+b", buffering=0)
+  return tempfile.TemporaryFile(buffering=0)
 
 
 complaints = Complaints()

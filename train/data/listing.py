@@ -64,7 +64,7 @@ def split_folders(path: Path) -> dict[str, str] | None:
   folders = {entry.name: entry.path for entry in _entries(str(path)) if entry.is_dir()}
   bare = [name for name in folders if _has_images(folders[name], below=0)]
   split = [name for name in folders if _has_images(folders[name], below=1)]
-  if not any(name in KNOWN and name not in bare for name in split):
+  if not any(name.lower() in KNOWN for name in split):
     if "train" in bare and any(name in KNOWN and name != "train" for name in bare):
       raise DataError(
         f"{path}/train holds images, but no class folders: they belong in train/CLASS."
@@ -76,7 +76,8 @@ def split_folders(path: Path) -> dict[str, str] | None:
       f"{path} holds no images in class folders: they belong in PATH/train/CLASS or PATH/CLASS, "
       f"with names that end in {' '.join(SUFFIXES)}."
     )
-  return {name: folders[name] for name in split}
+  # Train and TEST are the usual splits, too.
+  return {name.lower() if name.lower() in KNOWN else name: folders[name] for name in split}
 
 
 def contents(folder: str, count_beside: bool = True) -> Contents:

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from train.data import load, resolve
+from train.errors import printable
 
 
 def draw_samples(config: ConfigDict, output: str) -> None:
@@ -35,12 +36,17 @@ def draw_samples(config: ConfigDict, output: str) -> None:
   figure = plt.figure(figsize=(15, 5.6), layout="constrained")
   left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(9, 6)))
   height, width, _ = images.shape[1:]
-  left.suptitle(f"{dataset.name}: validation images, {height}x{width} pixels")
+  left.suptitle(
+    printable(f"{dataset.name}: validation images, {height}x{width} pixels"), parse_math=False
+  )
   for axes, image, name in zip(left.subplots(4, 8).flat, images, names, strict=False):
     axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-    axes.set_title(name, fontsize=8)
+    axes.set_title(printable(name), fontsize=8, parse_math=False)
   count = (size // patch) ** 2
-  right.suptitle(f"{names[0]}: resized to {size}x{size}, {count} patches of {patch}x{patch}")
+  right.suptitle(
+    printable(f"{names[0]}: resized to {size}x{size}, {count} patches of {patch}x{patch}"),
+    parse_math=False,
+  )
   axes = right.subplots()
   axes.imshow(_cut_in_patches(np.asarray(resized), patch), cmap="gray", vmin=0, vmax=255)
   for axes in figure.axes:

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -164,7 +165,7 @@ def _remember(folder: Path, known: dict[str, tuple]) -> None:
   """Keeps the verdicts, if there is a place to write to."""
   if (file := _file(folder)) is None:
     return
-  part = file.with_suffix(f".{os.getpid()}")
+  part = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
     part.write_text(json.dumps({"decoder": _DECODER, "files": known}))

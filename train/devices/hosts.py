@@ -212,7 +212,9 @@ def _wait_for_all(key: str) -> None:
   if jax.process_count() > 1:
     import orbax.checkpoint as ocp  # late: takes seconds
 
-    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_HOURS_TO_WAIT * 3_600_000)
+    wait = ocp.multihost.get_barrier_sync_fn()
+    # In a thread, because JAX would not hear a signal.
+    in_background(lambda: wait(key=key, timeout_ms=_HOURS_TO_WAIT * 3_600_000)).result()
 
 
 def share(items: Sequence) -> Sequence:

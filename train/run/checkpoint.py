@@ -1,8 +1,8 @@
 """Checkpoints with orbax: the last states, to continue from, and the best weights, to use.
 
 workdir/checkpoints/last holds the last two TrainStates, workdir/checkpoints/best the last two best
-Weights by epoch. Each is complete or absent, and saved with a checksum of its arrays. What
-proves damaged when it is read is moved to workdir/checkpoints/damaged, and the one before is used.
+Weights by epoch. Each is complete or absent, and saved with a checksum of its arrays. What proves
+damaged when it is read is moved to workdir/checkpoints/damaged-..., and the one before is used.
 """
 
 import contextlib
@@ -11,8 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import linen as nn
@@ -33,6 +34,7 @@ _VERSION = {
   "state_version": TrainState.VERSION,
   "saved_by": f"mlp_models {mlp_models.__version__}",
 }
+_PAUSES = (0.0, 0.5, 1.0)  # seconds after each attempt to read
 _BEFORE_VERSIONS = {"state_version": 0, "saved_by": "mlp_models 0.1"}
 
 
@@ -73,7 +75,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
-    with self._stack, contextlib.ExitStack() as stack, last_writes(error):
+    with self._stack, last_writes(error), contextlib.ExitStack() as stack:
       stack.callback(self._last.close)
       stack.callback(self._best.close)
       if failed := self._failure():
@@ -122,20 +124,24 @@ class Checkpoints:
   def restore_last(self, template: TrainState) -> TrainState | None:
     """The last saved state that is whole, whatever devices saved it; None if there is none.
 
-    Best weights of later epochs are removed: these epochs run again.
+    Best weights of later epochs are removed, since these epochs run again; they are set aside if a
+    later state was damaged.
 
     Args:
       template: shapes, dtypes and shardings to restore to, from `state.abstract_state`.
     Raises:
       WorkdirError: there are checkpoints, but none can be read, or another version saved it.
     """
-    restored = self._restore(self._last, template, _newest_first(self._last))
+    steps = _newest_first(self._last)
+    restored = self._restore(self._last, template, steps)
     if restored is None:
       return None
-    state, _ = restored
+    state, step = restored
     for epoch in self._best.all_steps():
-      if epoch > int(state.epoch):
+      if epoch > int(state.epoch) and step == steps[0]:
         self._best.delete(epoch)
+      elif epoch > int(state.epoch):
+        self._set_aside(self._best, epoch)
     return state
 
   def last_version(self) -> dict | None:
@@ -194,24 +200,25 @@ class Checkpoints:
   def _restore(self, manager: ocp.CheckpointManager, template, steps: list[int]):
     """The first of `steps` that is whole, and which it is; None if there are none."""
     for step in steps:
-      tree, problem = None, ""
+      path, tree, problem = self._path(manager, step), None, ""
       try:
         found = _metadata(manager, step)
+      except Exception as error:  # orbax raises many types over damaged files
+        problem = reason(error)
+      problem = next(filter(None, hosts.gather(problem)), "")
+      if not problem:
         version = found["state_version"]
         # Weights of earlier versions have the same form.
         if version > TrainState.VERSION or version < TrainState.VERSION and manager is self._last:
-          raise _other_version(self._path(manager, step), found)
-        tree = _read(manager, template, step)
-      except WorkdirError:
-        raise
-      except Exception as error:  # orbax and tensorstore raise many types over damaged files
-        problem = reason(error)
-      if not (problem := next(filter(None, hosts.gather(problem)), "")):
+          raise _other_version(path, found)
+        tree, problem = _read(manager, template, step, found.get("checksum"))
+      if not problem:
         return tree, step
-      message = f"the checkpoint {self._path(manager, step)} can't be read: {problem}"
+      message = f"the checkpoint {path} can't be read: {problem}"
       if step == steps[-1]:
         raise WorkdirError(message)
-      print(f"{message}; the one before it is used", file=sys.stderr, flush=True)
+      if not jax.process_index():
+        print(f"{message}; the one before it is used", file=sys.stderr, flush=True)
       if not self._read_only:
         self._set_aside(manager, step)
     return None
@@ -225,9 +232,9 @@ class Checkpoints:
     with hosts.first_goes_first():
       source = self._path(manager, step)
       if source.exists():
-        folder = self._folder / "damaged"
-        folder.mkdir(exist_ok=True)
-        source.rename(folder / f"{manager.directory.name}-{step}-{time.time_ns()}")
+        # A bucket has no empty folders to move it into.
+        name = f"damaged-{manager.directory.name}-{step}-{time.time_ns()}"
+        source.rename(self._folder / name)
     manager.reload()
 
 
@@ -256,13 +263,36 @@ def _begin(manager: ocp.CheckpointManager, tree, step: int) -> None:
     raise StorageError("orbax declines to save it")
 
 
-def _read(manager: ocp.CheckpointManager, template, step: int):
-  """A checkpoint on the devices of `template`, which may not be those that saved."""
-  tree = manager.restore(step, args=ocp.args.StandardRestore(template))
-  found = checksum(tree)
-  if found != _metadata(manager, step).get("checksum", found):
-    raise ValueError("its checksum is another: the disk has changed it")
-  return tree
+def _read(
+  manager: ocp.CheckpointManager, template, step: int, expected: int | None
+) -> tuple[Any, str]:
+  """A checkpoint on the devices of `template`, and what is wrong with it, or "".
+
+  Args:
+    expected: its checksum; None: it was saved without one.
+  Raises:
+    WorkdirError: this is one of several processes, and it alone may have failed: the others wait
+      for it inside orbax.
+  """
+  for pause in _PAUSES:
+    try:
+      tree = manager.restore(step, args=ocp.args.StandardRestore(template))
+    except MemoryError:
+      raise
+    except Exception as error:  # orbax and tensorstore raise many types over damaged files
+      if "RESOURCE_EXHAUSTED" in str(error):
+        raise
+      problem = reason(error)
+      if jax.process_count() > 1:
+        raise WorkdirError(
+          f"the checkpoint {manager.directory / str(step)} can't be read: {problem}; move it away "
+          "to go on from the one before it"
+        ) from error
+      time.sleep(pause)  # a network drive may have failed for a moment
+      continue
+    wrong = expected is not None and checksum(tree) != expected
+    return tree, "its checksum is another: the disk has changed it" if wrong else ""
+  return None, problem
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> dict:

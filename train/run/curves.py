@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from train.errors import printable
 from train.run.storage import write_atomically
 
 
@@ -60,7 +61,7 @@ def draw_curves(rows: list[dict[str, Any]], path: str | os.PathLike, title: str 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-  figure.suptitle(title, fontweight="bold")
+  figure.suptitle(printable(title), fontweight="bold", parse_math=False)
 
   png = io.BytesIO()
   figure.savefig(png, format="png")

@@ -36,7 +36,7 @@ def owned(workdir: epath.Path) -> Iterator[None]:
     return
   path = workdir / NAME
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
+    is_new = not workdir.exists()
     file = _lock(path)
   except OSError as error:
     raise WorkdirError(f"--workdir {workdir} can't be used: {error.strerror or error}") from None
@@ -46,13 +46,18 @@ def owned(workdir: epath.Path) -> Iterator[None]:
     with contextlib.suppress(OSError):
       path.unlink()
     file.close()
-    with contextlib.suppress(OSError):
-      os.rmdir(workdir)  # only if it is empty
+    if is_new:
+      with contextlib.suppress(OSError):
+        os.rmdir(workdir)  # only if it is empty
 
 
 def _lock(path: epath.Path) -> TextIO:
   while True:
-    file = open(path, "a+")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      file = open(path, "a+")
+    except FileNotFoundError:  # the owner before has just removed the folder
+      continue
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -6,6 +6,7 @@ Only the first of several processes writes; the same calls do nothing in the oth
 Epochs count from 1.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -83,9 +84,8 @@ class Writer:
 
   def __exit__(self, kind, error, traceback) -> None:
     if self._active:
-      with last_writes(error):
+      with last_writes(error), contextlib.closing(self._events):
         self._draw()
-        self._events.close()
 
   def epoch(self, row: Mapping[str, Any]) -> None:
     """Appends one epoch.
@@ -191,6 +191,9 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
     try:
       row = json.loads(line)
+      numbers = [row[key] for key in EPOCH_KEYS]
+      if not all(x is None or isinstance(x, int | float) for x in numbers):
+        raise ValueError("no number")
       rows.append({**row, "epoch": int(row["epoch"]), "step": int(row["step"])})
     except (ValueError, TypeError, KeyError):
       raise WorkdirError(
@@ -209,8 +212,11 @@ def read_summary(workdir: str | os.PathLike) -> dict[str, Any] | None:
     return None
   try:
     summary = json.loads(path.read_bytes())
-    return summary if set(SUMMARY_KEYS) <= set(summary) else None
-  except (ValueError, TypeError):
+    numbers = [summary[key] for key in SUMMARY_KEYS]
+    is_whole = isinstance(summary["best_epoch"], int) and isinstance(summary["epochs"], int)
+    is_whole &= all(x is None or isinstance(x, int | float) for x in numbers)
+    return summary if is_whole else None
+  except (ValueError, TypeError, KeyError):
     return None
 
 

@@ -1,5 +1,6 @@
 """The progress of a run on the terminal. Only the first of several processes prints."""
 
+import contextlib
 import shutil
 import sys
 import time
@@ -38,23 +39,25 @@ class Progress:
       unit=" images",
       mininterval=0.5,
       leave=False,
-      disable=not (self._active and sys.stderr.isatty()),
+      disable=not (self._active and sys.stderr and sys.stderr.isatty()),
     )
 
   def __enter__(self) -> "Progress":
     return self
 
   def __exit__(self, *exception) -> None:
-    self._bar.close()
+    with contextlib.suppress(OSError):
+      self._bar.close()
 
   def update(self, steps: int = 1) -> None:
     """Counts finished steps."""
     self._done += steps
-    if not self._bar.disable:
-      self._bar.set_description_str(self.description, refresh=False)
-      self._bar.update(steps * self._batch_size)
-    elif self._active:
-      self._print_line()
+    with contextlib.suppress(OSError):  # the terminal has gone: SIGHUP ends the run in good order
+      if not self._bar.disable:
+        self._bar.set_description_str(self.description, refresh=False)
+        self._bar.update(steps * self._batch_size)
+      elif self._active:
+        self._print_line()
 
   def skip_pause(self) -> None:
     """Leaves the time since the last `update` out of the rate on plain lines."""
@@ -63,8 +66,9 @@ class Progress:
   def write(self, text: str) -> None:
     """Prints to stdout without disturbing the bar."""
     if self._active:
-      tqdm.write(text, file=sys.stdout)
-      sys.stdout.flush()
+      with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
   def _print_line(self) -> None:
     now = time.monotonic()

@@ -15,6 +15,8 @@ from train.errors import StorageError
 Result = TypeVar("Result")
 
 _PAUSES = (0.5, 2.0, 5.0)  # seconds before each further attempt
+# Tensorstore raises ValueError if the disk is full, orbax RuntimeError if a save before has failed.
+_FAILED = (OSError, ValueError, RuntimeError, StorageError)
 # Trying again can't help.
 _LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
@@ -31,14 +33,14 @@ def retry(write: Callable[[], Result], what: object) -> Result:
   for pause in _PAUSES:
     try:
       return write()
-    except Exception as error:  # tensorstore raises ValueError if the disk is full
+    except _FAILED as error:
       if isinstance(error, OSError) and error.errno in _LASTING:
         raise
       print(f"{what} can't be written: {reason(error)}; trying again", file=sys.stderr, flush=True)
     time.sleep(pause)
   try:
     return write()
-  except Exception as error:
+  except _FAILED as error:
     raise StorageError(
       f"{what} can't be written: {reason(error)}. With that mended, the same command goes on from "
       "the last checkpoint."
@@ -65,10 +67,11 @@ def last_writes(ending: BaseException | None) -> Iterator[None]:
   """
   try:
     yield
-  except (OSError, StorageError) as error:
+  except Exception as error:
     if ending is None:
       raise
-    print(f"also: {error}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+      print("also:", str(error).partition("\n")[0], file=sys.stderr, flush=True)
 
 
 def is_local(path: epath.Path) -> bool:

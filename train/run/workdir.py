@@ -90,18 +90,21 @@ def new(model: str, began: int) -> epath.Path:
   raise AssertionError("unreachable")
 
 
-def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo, trained: int) -> None:
+def claim(
+  workdir: epath.Path, config: ConfigDict, info: DatasetInfo, trained: int, is_finished: bool
+) -> None:
   """Claims `workdir` for this run: writes both files, or checks that they hold the same content.
 
-  Another number of epochs is no other run, and only changes config.json. An earlier run that has
-  left nothing of value, such as one that failed in its first epoch, is replaced. Call it inside
-  `lock.owned`.
+  Another number of epochs is no other run. An earlier run that has left nothing of value, such as
+  one that failed in its first epoch, is replaced. Call it inside `lock.owned`.
 
   Args:
     trained: epochs that the run in the workdir has finished.
+    is_finished: the run in the workdir has nothing left to do.
   Raises:
     WorkdirError: the folder belongs to a run with another config or dataset (the differences are
-      listed) or with more epochs, or holds files but no config.json, or can't be written.
+      listed), with more epochs, or without a state to go on from; or it holds files but no
+      config.json, or can't be written.
   """
   run = {  # through JSON, which turns tuples into lists
     "dataset.json": json.loads(json.dumps(dataclasses.asdict(info))),
@@ -111,26 +114,34 @@ def claim(workdir: epath.Path, config: ConfigDict, info: DatasetInfo, trained: i
     found = set(_names(workdir))
     if "config.json" not in found and found - _WRITTEN_FIRST:
       raise WorkdirError(f"{workdir} holds files but no config.json: choose an empty --workdir")
-    if is_valuable := bool(_valuable(workdir)):
-      run = _require_same_run(workdir, run, trained)
-    if jax.process_index():  # only the first process writes
+    if valuable := _valuable(workdir):
+      _require_same_run(workdir, run, trained)
+      if not is_finished:
+        _require_state(workdir, valuable)
+    if valuable or jax.process_index():  # only the first process writes
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    if not is_valuable:
-      _remove_beginning(workdir)
+    _remove_beginning(workdir)
     for name, content in run.items():
       write_atomically(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
     raise WorkdirError(f"--workdir {workdir} can't be used: {error.strerror or error}") from None
 
 
-def require_state(workdir: epath.Path) -> None:
-  """Raises WorkdirError if a run has left results here, but no state to go on from."""
-  found = _valuable(workdir)
-  if found and "checkpoints/last" not in found:
+def set_epochs(workdir: epath.Path, epochs: int) -> None:
+  """Notes in config.json for how many epochs the run now goes on."""
+  path = workdir / "config.json"
+  content = _read(path)
+  if content["epochs"] != epochs and not jax.process_index():
+    write_atomically(path, json.dumps(content | {"epochs": epochs}, indent=2) + "\n")
+
+
+def _require_state(workdir: epath.Path, valuable: list[str]) -> None:
+  # Before any result a run saves its first state: without one, somebody has removed it.
+  if not any(name.isdigit() for name in _names(workdir / "checkpoints" / "last")):
     raise WorkdirError(
-      f"{workdir} holds {' and '.join(found)} of this run, but no checkpoints/last to go on from: "
-      "choose another --workdir, or move them away"
+      f"{workdir} holds {' and '.join(valuable)} of this run, but no checkpoints/last to go on "
+      "from: choose another --workdir, or move them away"
     )
 
 
@@ -156,8 +167,7 @@ def _remove_beginning(workdir: epath.Path) -> None:
     report.unlink()
 
 
-def _require_same_run(workdir: epath.Path, run: dict[str, Any], trained: int) -> dict[str, Any]:
-  """The files of `run` that must change: config.json if its number of epochs differs."""
+def _require_same_run(workdir: epath.Path, run: dict[str, Any], trained: int) -> None:
   there = {"config.json": json.loads(read_config(workdir).to_json())}
   there["dataset.json"] = _read(workdir / "dataset.json")
   differences = []
@@ -168,10 +178,8 @@ def _require_same_run(workdir: epath.Path, run: dict[str, Any], trained: int) ->
       f"{workdir} holds a run with another config: choose another --workdir, or undo\n"
       + "\n".join(f"  {line}" for line in differences)
     )
-  epochs = run["config.json"]["epochs"]
-  if epochs < trained:
+  if (epochs := run["config.json"]["epochs"]) < trained:
     raise WorkdirError(f"{workdir} has trained {trained} epochs: config.epochs = {epochs} is less")
-  return {"config.json": there["config.json"] | {"epochs": epochs}} if differences else {}
 
 
 def _names(folder: epath.Path) -> list[str]:
