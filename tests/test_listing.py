@@ -112,6 +112,17 @@ def test_folders_beside_the_splits_are_not_read(tmp_path, capsys):
   assert described(tmp_path, train_split="train+extra").class_names == ("cat", "dog", "elk")
 
 
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",), ("Train", "TEST")])
+@pytest.mark.parametrize("stray", [1, 2])
+def test_an_image_beside_the_class_folders_makes_a_split_no_class(tmp_path, splits, stray, capsys):
+  make(tmp_path, splits)
+  for split in splits[:stray]:
+    fill(tmp_path / split, 1)
+  info = described(tmp_path)
+  assert info.class_names == ("cat", "dog")
+  assert sum(info.sizes.values()) == 24 * len(splits)
+
+
 def test_images_below_a_class_folder_are_of_the_class(tmp_path):
   make(tmp_path)
   fill(tmp_path / "train" / "cat" / "2024" / "may", 5)
@@ -246,11 +257,11 @@ def test_what_is_no_dataset_says_what_belongs_where(tmp_path):
   fill(tmp_path / "loose" / "train")
   fill(tmp_path / "loose" / "test")
   (tmp_path / "empty").mkdir()
-  fill(tmp_path / "deep" / "Train" / "cat")  # a split of another name, and no classes below PATH
+  fill(tmp_path / "deep" / "Images" / "cat")  # a split of another name, and no classes below PATH
   for name, message in (
     ("loose", "train holds images, but no class folders"),
     ("empty", "holds no images in class folders"),
-    ("deep", "has no split for config.data.train_split, only Train"),
+    ("deep", "has no split for config.data.train_split, only Images"),
     ("", "the path is missing"),
   ):
     path = tmp_path / name if name else ""
