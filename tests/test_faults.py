@@ -17,6 +17,13 @@ from train.errors import StorageError
 from train.loop import train_and_evaluate
 from train.run import metrics, storage
 
+
+def state(folder) -> int:
+  """The checksum of the last state's arrays."""
+  last = max((folder / "checkpoints" / "last").iterdir(), key=lambda path: int(path.name))
+  return json.loads((last / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]["checksum"]
+
+
 # A disk that is full ------------------------------------------------------------------------------
 
 # In a mount namespace of its own, so that no mount outlives the test.
@@ -168,6 +175,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(uninterrupted, tm
   assert process.returncode == 0, error
   assert kills > 3
   assert numbers(folder) == numbers(uninterrupted)
+  assert state(folder) == state(uninterrupted)
 
 
 _KILLED_WHEN = """
@@ -220,6 +228,7 @@ def test_a_run_killed_while_it_saves_ends_like_one_that_was_not(
   _, error = process.communicate(timeout=200)
   assert process.returncode == 0, error
   assert numbers(folder) == numbers(uninterrupted)
+  assert state(folder) == state(uninterrupted)
   result = metrics.read_summary(folder) | {"seconds": 0}
   assert result == metrics.read_summary(uninterrupted) | {"seconds": 0}
 
@@ -240,6 +249,35 @@ def test_a_signal_while_testing_is_obeyed(signum, uninterrupted, tmp_path):
   assert process.returncode == 128 + signum
   assert "Traceback" not in error
   assert error.splitlines()[-1].startswith(f"error: stopped by {signal.Signals(signum).name}; the")
+
+
+COMMANDS = {
+  "evaluate": ["--workdir", "RUN"],
+  "predict": ["--workdir", "RUN", *["docs/curves.png"] * 3000],
+  "data": ["prepare", "--name=shapes100", "--data_dir=NEW"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_other_commands_end_with_a_signals_status(command, signum, uninterrupted, tmp_path):
+  places = {"RUN": str(uninterrupted), "--data_dir=NEW": f"--data_dir={tmp_path}"}
+  arguments = [places.get(argument, argument) for argument in COMMANDS[command]]
+  statuses = set()
+  for seconds in (0.2, 1.0, 2.0, 3.0, 4.0):
+    process = run(sys.executable, "-m", f"train.{command}", *arguments)
+    try:
+      process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+      process.send_signal(signum)
+    _, error = process.communicate(timeout=60)
+    assert "Traceback" not in error
+    statuses.add(process.returncode)
+  # While Python imports the libraries, a signal ends it as the system does.
+  assert statuses <= {0, 1, -signum, 128 + signum}
+  assert 128 + signum in statuses
+  assert not list(tmp_path.glob("shapes100/*"))  # no half-written dataset
 
 
 @pytest.mark.slow

@@ -14,26 +14,46 @@ from train.errors import Interrupted
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
+_GRACE = 5.0  # seconds in which a command cleans up after a signal
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
   """Inside this context a signal raises Interrupted, which ends the program with its exit status.
 
-  A second Ctrl-C ends it at once, even while XLA compiles.
+  So does any error after it: libraries turn Interrupted into errors of their own. Where they drop
+  it, or compile for longer, the program ends after a few seconds; at a second Ctrl-C at once.
   """
-  heard: list[int] = []
+  heard: list[Interrupted] = []
 
   def handler(signum: int, frame: object) -> None:
     del frame
     if not heard:  # clusters repeat theirs
-      heard.append(signum)
-      raise Interrupted(signum)
+      heard.append(Interrupted(signum))
+      raise heard[0]
 
-  with _handled(handler, hear=lambda signum: None):
-    try:
-      yield
-    except Interrupted as interruption:
+  def end(interruption: Interrupted) -> None:
+    with contextlib.suppress(OSError):  # the terminal may have gone
       print(f"error: stopped by {interruption}", file=sys.stderr, flush=True)
-      os._exit(interruption.exit_status)  # Python's own end takes long enough for another Ctrl-C
+    os._exit(interruption.exit_status)  # Python's own end takes long enough for another Ctrl-C
+
+  def hear(signum: int) -> None:
+    timer = threading.Timer(_GRACE, end, [Interrupted(signum)])
+    timer.daemon = True
+    timer.start()
+
+  report = sys.unraisablehook
+  sys.unraisablehook = lambda raised: None if raised.exc_value in heard else report(raised)
+  try:
+    with _handled(handler, hear):
+      try:
+        yield
+      except BaseException:
+        if heard:
+          end(heard[0])
+        raise
+  finally:
+    sys.unraisablehook = report
 
 
 class StopRequest:

@@ -23,7 +23,7 @@ from train.data import Dataset
 from train.data.batches import eval_batches, image_numbers
 from train.devices.mesh import replicated
 from train.devices.reduction import sum_over_batch
-from train.errors import TrainingFailed, first_line
+from train.errors import StorageError, TrainingFailed, first_line
 from train.run.storage import write_atomically
 from train.run.workdir import NONFINITE
 from train.state import Sums, TrainState, Weights
@@ -112,9 +112,12 @@ class Guard:
       self._end(f"step {report['step']}: the loss or a gradient is not finite", report)
     layers = _layers(found)
     parameters = _names(found["finite"])
+    # A stopped state is as before the step that was not finite; another has its parameters from it.
+    number = int(state.step) - (not state.stopped)
     report = {
       "split": "train",
       **self._place(state),
+      "step": number,
       "loss": _number(found["loss"]),
       "layers": layers,
       "examples": np.flatnonzero(found["bad"]).tolist(),
@@ -124,7 +127,7 @@ class Guard:
       len(self._dataset["train"]),
       self._config.batch_size,
       self._config.seed,
-      report["step"],
+      number,
       np.array(report["examples"], int),
     ).tolist()
     what = f"parameters such as {parameters[0]} are" if parameters else "the loss or a gradient is"
@@ -144,8 +147,8 @@ class Guard:
     if jax.process_index() == 0:
       try:
         write_atomically(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
-      except OSError as error:  # must not hide why the run ends
-        details = f"{path} can't be written ({error.strerror or error})"
+      except (OSError, StorageError) as error:  # must not hide why the run ends
+        details = first_line(error).removesuffix(".")
     skip = ", or --config.nonfinite=skip" if self._stops else ""
     raise TrainingFailed(f"{what}; {details}; {_ADVICE}{skip}")
 
