@@ -169,6 +169,46 @@ def test_a_changed_number_that_orbax_does_not_notice_is_found(stopped_run, smoke
   assert "28 can't be read: its checksum is another" in capsys.readouterr().err
 
 
+RUIN = {
+  "empty": lambda content: b"",
+  "torn": lambda content: content[: len(content) // 2],
+  "zeros": lambda content: bytes(len(content)),
+  "flipped": lambda content: content[:9] + bytes([content[9] ^ 4]) + content[10:],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ruin", [*RUIN, "missing"])
+def test_no_damage_to_any_file_gives_another_state(
+  ruin, stopped_run, smoke_config, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr("train.run.checkpoint._PAUSES", (0.0,))
+  template = abstract_state_of(smoke_config(epochs=3))
+
+  def restored(folder: Path) -> int:
+    with Checkpoints(folder) as checkpoints:
+      return checksum(checkpoints.restore_last(template))
+
+  def copy(number: int) -> Path:
+    return Path(shutil.copytree(stopped_run, tmp_path / str(number)))
+
+  newest = restored(copy(0))
+  shutil.rmtree(copy(1) / "checkpoints" / "last" / "27")
+  before = restored(tmp_path / "1")
+  last = stopped_run / "checkpoints" / "last" / "27"
+  files = [path.relative_to(stopped_run) for path in last.rglob("*") if path.is_file()]
+  found = collections.Counter()
+  for number, file in enumerate(files, start=2):
+    path = copy(number) / file
+    path.unlink() if ruin == "missing" else path.write_bytes(RUIN[ruin](path.read_bytes()))
+    capsys.readouterr()
+    state = restored(tmp_path / str(number))
+    assert state in (newest, before)
+    assert ("can't be read" in capsys.readouterr().err) == (state == before)
+    found[state] += 1
+  assert found[before] >= 3  # the others hold nothing that is read
+
+
 def test_if_every_state_is_damaged_nothing_is_lost(stopped_run, smoke_config):
   for step in ("18", "27"):
     tear(stopped_run / "checkpoints" / "last" / step)

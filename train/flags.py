@@ -66,6 +66,15 @@ def quiet_libraries() -> None:
   """Silences the log lines of orbax, TFDS and matplotlib; their errors are raised as well."""
   logging.set_verbosity(logging.FATAL)  # orbax logs the tracebacks of its threads
   standard_logging.getLogger("matplotlib").setLevel(standard_logging.ERROR)  # it works without HOME
+  # What remains of orbax's work on a damaged checkpoint; that it is damaged is an exception.
+  standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+  report = sys.unraisablehook
+  sys.unraisablehook = lambda raised: None if _is_from_orbax(raised) else report(raised)
+
+
+def _is_from_orbax(raised: Any) -> bool:
+  text = str(raised.exc_value)
+  return text == "Event loop is closed" or text.startswith("Encountered error while reading array")
 
 
 def _read_config(flag: str) -> ConfigDict:
