@@ -6,11 +6,8 @@ damaged when it is read is moved to workdir/checkpoints/damaged-..., and the one
 """
 
 import contextlib
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +23,7 @@ from train.devices import hosts
 from train.errors import StorageError, WorkdirError
 from train.run import metrics, workdir
 from train.run.checksum import checksum
-from train.run.storage import is_local, last_writes, reason, retry
+from train.run.storage import is_local, last_writes, plain_name, reason, retry
 from train.state import TrainState, Weights, abstract_state, make_init, make_model
 
 # Saved with each checkpoint; mlp_models 0.1 saved neither.
@@ -53,7 +50,7 @@ class Checkpoints:
     if not read_only:
       self._folder.mkdir(parents=True, exist_ok=True)
     self._stack = contextlib.ExitStack()
-    directory = self._stack.enter_context(_plain_name(self._folder))
+    directory = self._stack.enter_context(plain_name(self._folder))
     self._read_only = read_only
     self._saved_at = time.monotonic()
     self._under_way: int | None = None  # the last state that is being saved in the background
@@ -65,7 +62,11 @@ class Checkpoints:
         read_only=read_only,
         cleanup_tmp_directories=not read_only,  # what a killed process left half-written
       )
-      return ocp.CheckpointManager(directory / name, options=options)
+      try:
+        return ocp.CheckpointManager(directory / name, options=options)
+      except ValueError:  # of metadata with a damaged name in it
+        self._set_unlistable_aside(name)
+        return ocp.CheckpointManager(directory / name, options=options)
 
     # Two of the best also because a run killed after saving new best weights, but before saving the
     # state, resumes from a state that still names the best epoch before.
@@ -229,26 +230,35 @@ class Checkpoints:
 
   def _set_aside(self, manager: ocp.CheckpointManager, step: int) -> None:
     """Moves a damaged checkpoint away, so that its step can be saved again."""
-    with hosts.first_goes_first():
-      source = self._path(manager, step)
-      if source.exists():
-        # A bucket has no empty folders to move it into.
-        name = f"damaged-{manager.directory.name}-{step}-{time.time_ns()}"
-        source.rename(self._folder / name)
+    self._move(self._path(manager, step))
     manager.reload()
 
+  def _set_unlistable_aside(self, name: str) -> None:
+    """Moves away the checkpoints whose metadata orbax can't read.
 
-@contextlib.contextmanager
-def _plain_name(folder: epath.Path) -> Iterator[epath.Path]:
-  """Another name for a folder whose own orbax takes for a pattern, or can't encode."""
-  name = os.fspath(folder)
-  if not is_local(folder) or (name.isprintable() and not set(name) & set("[]*?\\")):
-    yield folder
-    return
-  with tempfile.TemporaryDirectory(prefix="mlp_models-") as place:
-    link = epath.Path(place) / "checkpoints"
-    os.symlink(folder, link)
-    yield link
+    Raises:
+      WorkdirError: that is all of them, or nothing may be moved.
+    """
+    steps = [path for path in (self._folder / name).iterdir() if path.name.isdigit()]
+    reasons = {}
+    for path in steps:
+      try:
+        ocp.metadata.get_step_metadata(path)
+      except Exception as error:  # orbax raises many types over damaged files
+        reasons[path] = f"the checkpoint {path} can't be read: {reason(error)}"
+    if self._read_only or len(reasons) == len(steps):
+      raise WorkdirError("; ".join(reasons.values()))
+    for path, text in reasons.items():
+      if not jax.process_index():
+        print(f"{text}; another is used", file=sys.stderr, flush=True)
+      self._move(path)
+
+  def _move(self, path: epath.Path) -> None:
+    with hosts.first_goes_first():
+      if path.exists():
+        # A bucket has no empty folders to move it into.
+        name = f"damaged-{path.parent.name}-{path.name}-{time.time_ns()}"
+        path.rename(self._folder / name)
 
 
 def _newest_first(manager: ocp.CheckpointManager) -> list[int]:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -77,6 +78,19 @@ def last_writes(ending: BaseException | None) -> Iterator[None]:
 def is_local(path: epath.Path) -> bool:
   """Whether a path is in the local file system, not in a bucket."""
   return "://" not in str(path)
+
+
+@contextlib.contextmanager
+def plain_name(folder: epath.Path) -> Iterator[epath.Path]:
+  """Another name for a folder whose own orbax takes for a pattern, or can't encode."""
+  name = os.fspath(folder)
+  if not is_local(folder) or (name.isprintable() and not set(name) & set("[]*?\\")):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory(prefix="mlp_models-") as place:
+    link = epath.Path(place) / "checkpoints"
+    os.symlink(folder, link)
+    yield link
 
 
 def write_atomically(path: epath.Path, content: str | bytes) -> None:
