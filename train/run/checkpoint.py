@@ -172,12 +172,8 @@ class Checkpoints:
     """
     steps = [step for step in _newest_first(self._best) if epoch is None or step <= epoch]
     if steps and epoch not in (None, steps[0]):
-      print(
-        f"The best weights, {self._path(self._best, epoch)}, are missing: those of epoch "
-        f"{steps[0]} are used",
-        file=sys.stderr,
-        flush=True,
-      )
+      missing = f"The best weights, {self._path(self._best, epoch)}, are missing"
+      print(f"{missing}: those of epoch {steps[0]} are used", file=sys.stderr, flush=True)
     return self._restore(self._best, template, steps)
 
   def _save(self, manager: ocp.CheckpointManager, tree, step: int) -> None:
