@@ -80,6 +80,7 @@ def test_flops_are_those_of_the_matrix_products():
   assert cost.flops_per_image(config, INFO) == count
 
 
+@pytest.mark.slow
 def test_perceivers_cost_is_linear_in_the_tokens_and_vits_is_not():
   def growth(name, **sizes):
     few, many = (flops(name, image_size=64, patch_size=p, **sizes) for p in (2, 1))

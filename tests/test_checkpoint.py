@@ -132,10 +132,13 @@ def stopped_run(finished_run, tmp_path) -> Path:
   return folder
 
 
-DAMAGES = [damage_metadata, empty, tear, flip_a_bit, remove_arrays, remove_tree_description]
+DAMAGES = [damage_metadata, flip_a_bit, empty, tear, remove_arrays, remove_tree_description]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=[damage.__name__ for damage in DAMAGES])
+@pytest.mark.parametrize(
+  "damage",
+  [*DAMAGES[:2], *(pytest.param(damage, marks=pytest.mark.slow) for damage in DAMAGES[2:])],
+)
 def test_instead_of_a_damaged_state_the_one_before_is_used(
   damage, stopped_run, finished_run, smoke_config, capsys
 ):

@@ -39,6 +39,7 @@ def test_a_user_whom_the_system_does_not_know_trains(shapes100, tmp_path):
   assert line.startswith("note: there is no home folder to keep compiled programs in;")
 
 
+@pytest.mark.slow
 def test_a_home_that_is_no_folder_is_one_line(shapes100, tmp_path):
   (tmp_path / "home").write_text("a file")
   (line,) = train(tmp_path / "run", 'exec "$@"', tmp_path / "home").splitlines()

@@ -120,7 +120,7 @@ def wait_until_in_mid_epoch(process: subprocess.Popen, folder: Path, first_step:
   "signum",
   [
     signal.SIGTERM,
-    signal.SIGKILL,
+    pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
     pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
   ],

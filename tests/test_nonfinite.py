@@ -103,7 +103,7 @@ def assert_same(tree, expected) -> None:
   ("kind", "mesh", "steps_per_call"),
   [
     ("gradient nan", (1, 1), 5),
-    ("loss inf", (4, 2), 1),
+    pytest.param("loss inf", (4, 2), 1, marks=slow),
     pytest.param("gradient huge", (1, 1), 1, marks=slow),
     pytest.param("gradient huge", (2, 1), 5, marks=slow),
     pytest.param("gradient nan", (2, 1), 1, marks=slow),
@@ -276,6 +276,7 @@ def test_a_signal_in_the_same_step_saves_no_nan(run_config, monkeypatch, tmp_pat
   assert report(tmp_path)["parameters"] == []
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_are_not_saved_even_if_updates_are_skipped(
   run_config, tmp_path
 ):
@@ -333,6 +334,7 @@ def test_without_a_finite_validation_loss_there_are_no_best_weights(
   assert failure(config, tmp_path) == message
 
 
+@pytest.mark.slow
 def test_an_epoch_without_a_finite_validation_loss_is_never_the_best(
   run_config, tmp_path, monkeypatch
 ):

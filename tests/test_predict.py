@@ -210,7 +210,7 @@ def test_reader_that_leaves_ends_it_quietly(finished_run, pngs):
   assert process.wait(timeout=100) == 128 + signal.SIGPIPE
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", ["utf-8", pytest.param("ascii", marks=pytest.mark.slow)])
 def test_names_of_any_bytes_are_answered(encoding, finished_run, pngs, tmp_path):
   names = [b"-x.png", b"\xff.png", "ä b.png".encode(), b"line\nbreak.png"]
   for name in names:
