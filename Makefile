@@ -45,7 +45,7 @@ audit:
 	@PYTHON=$(PYTHON) .ci/audit
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n 2
 
 test-cifar100: setup
 	MLP_MODELS_REQUIRE="$$MLP_MODELS_REQUIRE cifar100" \

@@ -48,6 +48,8 @@ def interruptible() -> Iterator[None]:
     with _handled(handler, hear):
       try:
         yield
+      except Interrupted as interruption:
+        end(interruption)
       except BaseException:
         if heard:
           end(heard[0])
