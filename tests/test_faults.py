@@ -267,15 +267,18 @@ def test_other_commands_end_with_a_signals_status(command, signum, uninterrupted
   code = f"import sys; from train.{command} import main; print(flush=True); main()"
   if command == "data":
     code = code.replace("train.data", "train.data.__main__")
+  statuses = []
   for seconds in (0.01, 0.3, 1.0):
     process = run(sys.executable, "-c", code, *arguments)
     assert process.stdout.readline() == "\n"  # the libraries are imported
     time.sleep(seconds)
     process.send_signal(signum)
-    _, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=60)
     assert "Traceback" not in error
-    # Within 10 ms the command may not have begun to listen.
-    assert process.returncode == 128 + signum or (process.returncode, seconds) == (-signum, 0.01)
+    statuses.append(process.returncode)
+    # A library may drop the signal: then the command finishes, or ends a few seconds later.
+    assert statuses[-1] == 128 + signum or (statuses[-1] == 0 and output.endswith("}\n"))
+  assert 128 + signum in statuses
   assert not list(tmp_path.glob("shapes100/*"))  # no half-written dataset
 
 
