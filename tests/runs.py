@@ -54,6 +54,18 @@ def run(*command: str, devices: int = 2) -> subprocess.Popen:
     )
 
 
+def run_code(code: str, **environment: str) -> subprocess.CompletedProcess:
+  """Runs Python code, with further variables, to its end in a process of its own."""
+  return subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=REPOSITORY,
+    env=os.environ | environment,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+
+
 @contextlib.contextmanager
 def signals_are_heard() -> Iterator[None]:
   """What starts in this context hears Ctrl-C and the end of its terminal; the suite may not."""

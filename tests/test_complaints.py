@@ -11,6 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import TESTS
 from PIL import Image
+from runs import run_code
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 
@@ -97,9 +98,7 @@ except ValueError:
 complaints.say()
 complaints.say()
 """
-  process = subprocess.run(
-    [sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True, timeout=60
-  )
+  process = run_code(code)
   *others, out, said = process.stderr.splitlines()
   assert sorted(others) == sorted(f"a line of thread {i}" for i in range(20))
   assert out == "out of it"
@@ -125,14 +124,7 @@ config.update(name={f"folder:{tmp_path}"!r}, skip_broken=True, train_split="trai
 config.update(validation_split="train", test_split="train")
 print(data.describe(config).sizes["train"])
 """
-  process = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=TESTS.parent,
-    env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
+  process = run_code(code, XDG_CACHE_HOME=str(tmp_path / "cache"))
   assert process.returncode == 0, process.stderr
   (said,) = [
     line for line in process.stderr.splitlines() if "ecode" in line and "complained" in line

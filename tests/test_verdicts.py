@@ -1,14 +1,11 @@
 """Looking at a folder's images: once, aloud, and remembered."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import TESTS
 from PIL import Image
+from runs import run_code
 from test_listing import config_of, make
 
 from train import data
@@ -107,14 +104,7 @@ def decode(path):
   gate.wait()
 verdicts.look(Path("/nowhere"), files[:1000], decode, verdicts.ALONE)
 """
-  process = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=TESTS.parent,
-    env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
+  process = run_code(code, XDG_CACHE_HOME=str(tmp_path / "cache"))
   lines = process.stderr.splitlines()
   assert process.returncode == 0, process.stderr
   assert "Looking at 1,000 images in /nowhere" in lines[0]
@@ -158,7 +148,9 @@ def test_processes_share_the_look_and_agree(tmp_path, monkeypatch):
       shares.append(content)
       return [content, *others]
 
-    share = lambda items: items[first::2]  # noqa: E731
+    def share(items):
+      return items[first::2]
+
     broken = verdicts.look(tmp_path, files, check, verdicts.Processes(share, gather))
     assert looked == [str(i) for i in range(first, 10, 2)]
     return broken

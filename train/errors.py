@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 # Of the commands that use a trained model, which have no knobs.
-OUT_OF_MEMORY = "out of memory: other programs may hold it, or the model needs a larger device"
+_OUT_OF_MEMORY = "out of memory: other programs may hold it, or the model needs a larger device"
 
 _MOST_SHOWN = 200  # characters of a value that a message repeats
 
@@ -90,6 +90,17 @@ def fail(error: object, status: int) -> NoReturn:
   with contextlib.suppress(OSError):  # the terminal has gone
     print(f"error: {error}", file=sys.stderr, flush=True)
   sys.exit(status)
+
+
+@contextlib.contextmanager
+def until_memory_ends() -> Iterator[None]:
+  """Ends the program with one line if a device of JAX lacks memory."""
+  try:
+    yield
+  except RuntimeError as error:  # JAX's
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    fail(_OUT_OF_MEMORY, 1)
 
 
 @contextlib.contextmanager

@@ -7,21 +7,18 @@ where a loss is no number. Classes are joined to the run's by name.
 """
 
 import json
-import math
 import re
-
-import jax
 
 from train import data, flags
 from train.devices.compile import start_jax
 from train.devices.mesh import fitting_sizes, make_mesh
 from train.errors import (
-  OUT_OF_MEMORY,
   ConfigError,
   DataError,
   UnreachableError,
   WorkdirError,
   fail,
+  until_memory_ends,
   until_nobody_reads,
 )
 from train.interrupt import interruptible
@@ -39,7 +36,9 @@ def main() -> None:
   arguments = parser.parse_args()
   flags.quiet_libraries()
   try:
-    from train.run import checkpoint  # late: takes seconds, and wrong flags should fail at once
+    # Late: these take seconds, and wrong flags should fail at once.
+    from train.run import checkpoint
+    from train.run.metrics import number_for_json
 
     config = read_config(arguments.workdir)
     start_jax(config)
@@ -63,14 +62,11 @@ def main() -> None:
   batch_size, microbatch = fitting_sizes(config, mesh)
   step = make_eval_step(trained.model, microbatch, mesh)
   try:
-    metrics = evaluate(step, trained.weights, split, batch_size, mesh)
+    with until_memory_ends():
+      metrics = evaluate(step, trained.weights, split, batch_size, mesh)
   except DataError as error:  # a streamed image that can't be read
     fail(_with_own_flags(str(error)), 1)
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    fail(OUT_OF_MEMORY, 1)
-  numbers = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+  numbers = {name: number_for_json(value) for name, value in metrics.items()}
   with until_nobody_reads():
     print(json.dumps({"split": arguments.split, "images": len(split), **numbers}))
 

@@ -50,7 +50,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDi
   arguments, overrides = parser.parse_known_args()
   try:
     config = _read_config(arguments.config)
-    knobs.override(config, overrides)  # before it is resolved: what refers to a knob follows it
+    knobs.override(config, overrides)  # before references are followed: they see the new value
     knobs.require_all(config)
     return arguments, config.copy_and_resolve_references().lock()
   except ValueError as error:

@@ -12,8 +12,6 @@ from train.errors import Interrupted
 # Ctrl-C; the end of a cluster job or of a preempted machine; SLURM's warning ahead of that; the end
 # of a terminal.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
 _GRACE = 5.0  # seconds in which a command cleans up after a signal
 
 

@@ -169,8 +169,8 @@ def open_run(
   state = checkpoints.restore_last(template)
   if state is None:
     state = init(*channel_statistics(dataset["train"]))
-    # Without space for checkpoints the run ends here, not after hours. It also marks the beginning:
-    # whoever finds results in the workdir, but no state, knows that it was removed.
+    # A disk without space ends the run here, not after hours. Since there is a state before any
+    # result, results without a state mean that somebody has removed it.
     checkpoints.save_last(state, wait=True)
   else:
     workdir.set_epochs(folder, config.epochs)

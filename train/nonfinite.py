@@ -24,6 +24,7 @@ from train.data.batches import eval_batches, image_numbers
 from train.devices.mesh import replicated
 from train.devices.reduction import sum_over_batch
 from train.errors import StorageError, TrainingFailed, first_line
+from train.run.metrics import number_for_json
 from train.run.storage import write_atomically
 from train.run.workdir import NONFINITE
 from train.state import Sums, TrainState, Weights
@@ -95,7 +96,12 @@ class Guard:
     for number, batch in enumerate(eval_batches(split, size, self._mesh)):
       found = np.flatnonzero(self._losses_not_finite(weights, batch))
       images += (number * size + found).tolist()
-    report = {"split": "validation", **self._place(state), "loss": _number(loss), "images": images}
+    report = {
+      "split": "validation",
+      **self._place(state),
+      "loss": number_for_json(loss),
+      "images": images,
+    }
     report["parameters"] = _names(jax.jit(_finite)(state.params))
     self._end(
       f"step {report['step']}: the loss on the validation images is not finite "
@@ -118,7 +124,7 @@ class Guard:
       "split": "train",
       **self._place(state),
       "step": number,
-      "loss": _number(found["loss"]),
+      "loss": number_for_json(found["loss"]),
       "layers": layers,
       "examples": np.flatnonzero(found["bad"]).tolist(),
       "parameters": parameters,
@@ -234,7 +240,7 @@ def _layers(found: dict[str, Any]) -> list[dict[str, Any]]:
   return [
     {
       "name": layer,
-      **dict(zip(("gradient", "parameters"), map(_number, of_layers[layer]), strict=True)),
+      **dict(zip(("gradient", "parameters"), map(number_for_json, of_layers[layer]), strict=True)),
     }
     for layer in sorted(of_layers, key=size, reverse=True)
   ]
@@ -243,8 +249,3 @@ def _layers(found: dict[str, Any]) -> list[dict[str, Any]]:
 def _names(finite: dict) -> list[str]:
   """The names of the parameters that are not finite."""
   return [name for name, is_finite in flatten_dict(finite, sep="/").items() if not is_finite]
-
-
-def _number(x: Any) -> float | None:
-  """A float for JSON, which has no NaN and no infinity."""
-  return float(x) if math.isfinite(x) else None

@@ -29,12 +29,12 @@ from train.devices.compile import start_jax
 from train.devices.machine import cores
 from train.devices.mesh import by_example, fitting_sizes, make_mesh
 from train.errors import (
-  OUT_OF_MEMORY,
   ConfigError,
   DataError,
   WorkdirError,
   fail,
   first_line,
+  until_memory_ends,
   until_nobody_reads,
 )
 from train.interrupt import interruptible
@@ -108,13 +108,8 @@ def main() -> None:
   if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be in no or another encoding
     is_utf8 = sys.stdout.encoding.lower() == "utf-8"
     sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
-  try:
-    with until_nobody_reads():
-      answered = _answer(trained, mesh, _files(arguments.images), arguments.json)
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    fail(OUT_OF_MEMORY, 1)
+  with until_memory_ends(), until_nobody_reads():
+    answered = _answer(trained, mesh, _files(arguments.images), arguments.json)
   if not answered:
     sys.exit(1)
 

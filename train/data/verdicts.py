@@ -17,7 +17,7 @@ import tqdm
 
 from train.data.decode import MAX_PIXELS
 from train.data.listing import Found
-from train.devices.machine import cores
+from train.devices.machine import cache_folder, cores
 
 _DECODER = f"1, Pillow {PIL.__version__}, {MAX_PIXELS} pixels"  # another may judge otherwise
 SILENT_SECONDS = 1.0
@@ -139,11 +139,10 @@ def aloud(text: str, silent: float, total: int = 0) -> Iterator[Callable[[], Non
 
 def _file(folder: Path) -> Path | None:
   """Where the verdicts on a folder are kept; None where the user has no cache folder."""
-  cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-  if not os.path.isabs(cache):
+  if (cache := cache_folder()) is None:
     return None
   name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
-  return Path(cache, "mlp_models", "folders", f"{name}.json")
+  return cache / "folders" / f"{name}.json"
 
 
 def _recall(folder: Path) -> dict[str, tuple]:

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train.devices.machine import cpu_features, physical_cores
+from train.devices.machine import cache_folder, cpu_features, physical_cores
 
 Result = TypeVar("Result")
 
@@ -56,13 +56,12 @@ def _keep_programs(by_default: bool) -> None:
   """Sets up the cache of compiled programs; a run goes on without one, after a single notice."""
   folder = getattr(jax.config, "jax_compilation_cache_dir", None)
   if not folder and by_default:
-    caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if caches.startswith("~"):  # neither HOME nor an entry in /etc/passwd
+    if (cache := cache_folder()) is None:
       _note(
         "there is no home folder to keep compiled programs in; XDG_CACHE_HOME=DIR names another"
       )
       return
-    folder = os.path.join(caches, "mlp_models")
+    folder = str(cache)
     jax.config.update("jax_compilation_cache_dir", folder)
   if not folder:
     return

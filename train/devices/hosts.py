@@ -93,9 +93,9 @@ def _connect(coordinator: str | None, process_id: int | None, processes: int | N
   """Connects to the other processes, if any, before anything starts JAX's backend."""
   if processes == 1 and coordinator is None and process_id is None:
     return
-  if coordinator is None and process_id is None and processes is None and _is_started_alone():
-    return
   is_explicit = (coordinator, process_id, processes) != (None, None, None)
+  if not is_explicit and _is_started_alone():
+    return
   who = "--coordinator and its two flags help where no cluster is detected"
   if is_explicit:
     if coordinator is None or process_id is None or processes is None:

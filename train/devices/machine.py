@@ -66,6 +66,12 @@ def memory_limit(root: Path = Path("/")) -> int:
   return min(limits)
 
 
+def cache_folder() -> Path | None:
+  """The user's folder for what can be made anew; None where there is neither it nor a home."""
+  folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  return None if folder.startswith("~") else Path(folder, "mlp_models")
+
+
 def cpu_features(root: Path = Path("/")) -> str:
   """What the CPU's instructions depend on; "" where the system does not say.
 

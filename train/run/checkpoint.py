@@ -98,7 +98,7 @@ class Checkpoints:
     failed = self._failure()
     # Add the epoch: after an epoch's evaluation the state has changed, but not the step.
     step = int(state.step) + int(state.epoch)
-    if step not in self._last.all_steps():  # it is right after a resume
+    if step not in self._last.all_steps():  # right after a resume it is saved already
       if not wait and not failed:
         try:
           _begin(self._last, state, step)
@@ -171,7 +171,7 @@ class Checkpoints:
         versions have the same form.
     """
     steps = [step for step in _newest_first(self._best) if epoch is None or step <= epoch]
-    if steps and epoch not in (None, steps[0]):
+    if steps and epoch not in (None, steps[0]) and not jax.process_index():
       missing = f"The best weights, {self._path(self._best, epoch)}, are missing"
       print(f"{missing}: those of epoch {steps[0]} are used", file=sys.stderr, flush=True)
     return self._restore(self._best, template, steps)
@@ -208,7 +208,7 @@ class Checkpoints:
         # Weights of earlier versions have the same form.
         if version > TrainState.VERSION or version < TrainState.VERSION and manager is self._last:
           raise _other_version(path, found)
-        tree, problem = _read(manager, template, step, found.get("checksum"))
+        tree, problem = _read(manager, template, path, found.get("checksum"))
       if not problem:
         return tree, step
       message = f"the checkpoint {path} can't be read: {problem}"
@@ -270,11 +270,12 @@ def _begin(manager: ocp.CheckpointManager, tree, step: int) -> None:
 
 
 def _read(
-  manager: ocp.CheckpointManager, template, step: int, expected: int | None
+  manager: ocp.CheckpointManager, template, path: epath.Path, expected: int | None
 ) -> tuple[Any, str]:
   """A checkpoint on the devices of `template`, and what is wrong with it, or "".
 
   Args:
+    path: of the checkpoint, as the user knows it.
     expected: its checksum; None: it was saved without one.
   Raises:
     WorkdirError: this is one of several processes, and it alone may have failed: the others wait
@@ -282,7 +283,7 @@ def _read(
   """
   for pause in _PAUSES:
     try:
-      tree = manager.restore(step, args=ocp.args.StandardRestore(template))
+      tree = manager.restore(int(path.name), args=ocp.args.StandardRestore(template))
     except MemoryError:
       raise
     except Exception as error:  # orbax and tensorstore raise many types over damaged files
@@ -291,8 +292,8 @@ def _read(
       problem = reason(error)
       if jax.process_count() > 1:
         raise WorkdirError(
-          f"the checkpoint {manager.directory / str(step)} can't be read: {problem}; move it away "
-          "to go on from the one before it"
+          f"the checkpoint {path} can't be read: {problem}; move it away to go on from the one "
+          "before it"
         ) from error
       time.sleep(pause)  # a network drive may have failed for a moment
       continue
@@ -335,9 +336,9 @@ def load_trained_model(folder: epath.Path, mesh: Mesh) -> TrainedModel:
   config, info = workdir.read_config(folder), workdir.read_dataset(folder)
   best = None
   if (folder / "checkpoints").exists():
-    summary = metrics.read_summary(folder)
-    is_finished = summary and metrics.is_finished(summary, config.epochs)
-    best_epoch = summary["best_epoch"] if summary and is_finished else None
+    summary, best_epoch = metrics.read_summary(folder), None
+    if summary and metrics.is_finished(summary, config.epochs):
+      best_epoch = summary["best_epoch"]
     with Checkpoints(folder, read_only=True) as checkpoints:
       template = abstract_state(make_init(config, info, mesh), info).weights()
       best = checkpoints.restore_best(template, best_epoch)

@@ -259,13 +259,17 @@ def _number(value: float | None) -> str:
   return "nan" if value is None else f"{value:.3f}"  # JSON has no NaN: it was written as null
 
 
+def number_for_json(value: float) -> float | None:
+  """The number as a float; None, null in JSON, for NaN and infinities, which JSON has not."""
+  return float(value) if math.isfinite(value) else None
+
+
 def _to_json(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
   if set(values) != set(keys):
     missing, unknown = sorted(set(keys) - set(values)), sorted(set(values) - set(keys))
     raise ValueError(f"metrics: missing keys {missing}, unknown keys {unknown}")
   items = {key: np.asarray(values[key]).item() for key in keys}
-  # JSON has no NaN and no infinity.
   return {
-    key: None if isinstance(value, float) and not math.isfinite(value) else value
+    key: number_for_json(value) if isinstance(value, float) else value
     for key, value in items.items()
   }
