@@ -1,6 +1,7 @@
 """What libjpeg, libpng and libtiff print about images: counted, and said once with a file."""
 
 import contextlib
+import fcntl
 import os
 import re
 import sys
@@ -87,8 +88,11 @@ class Complaints:
 def _memory_file() -> BinaryIO:
   """A file that needs no folder, where the system has such."""
   if hasattr(os, "memfd_create"):
-    return open(os.memfd_create("complaints"), "w+b", buffering=0)
-  return tempfile.TemporaryFile(buffering=0)
+    file: BinaryIO = open(os.memfd_create("complaints"), "w+b", buffering=0)
+  else:
+    file = tempfile.TemporaryFile(buffering=0)
+  fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)  # else threads could write over each other's lines
+  return file
 
 
 complaints = Complaints()
