@@ -80,6 +80,28 @@ class Dropout(nn.Module):
     return drop(x, layer_seeds(self), self.rate)
 
 
+class DropPath(nn.Module):
+  """Sets a share `rate` of the examples of a residual branch [B, ...] to zero, scales the rest.
+
+  Follows Huang et al., "Deep Networks with Stochastic Depth" (arXiv:1603.09382), section 3, scaled
+  by 1 / (1 - rate) in training instead of by 1 - rate in evaluation.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    if self.rate == 0:
+      return x
+    kept = jnp.ones((x.shape[0], *[1] * (x.ndim - 1)), x.dtype)
+    return x * drop(kept, layer_seeds(self), self.rate)
+
+
+def path_rates(rate: float, num_blocks: int) -> list[float]:
+  """`DropPath`'s rate of each block: from 0 in the first, linearly to `rate` in the last."""
+  return [rate * i / max(1, num_blocks - 1) for i in range(num_blocks)]
+
+
 def drop(x: Array, seeds_B: Array | None, rate: float, axes: Sequence[int] | None = None) -> Array:
   """What `Dropout` does, with the seeds given.
 

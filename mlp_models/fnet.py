@@ -4,6 +4,8 @@ As in the Keras example, and other than in the paper: the hidden layer is no wid
 dropout follows the hidden layer, and the head reads the mean of the tokens.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -69,3 +71,7 @@ class FNet(nn.Module):
     for i in range(self.num_blocks):
       x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD)
     return layers.mean_head(x_BxTxD, self.num_classes, self.dropout_rate)
+
+
+# By name: the fields that differ from the defaults.
+VARIANTS: dict[str, dict[str, Any]] = {"keras": {}}

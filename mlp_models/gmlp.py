@@ -5,6 +5,8 @@ wide as the model, the spatial kernel starts Glorot-uniform (not near zero), and
 hidden layer.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -60,3 +62,7 @@ class GMLP(nn.Module):
     for i in range(self.num_blocks):
       x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD)
     return layers.mean_head(x_BxTxD, self.num_classes, self.dropout_rate)
+
+
+# By name: the fields that differ from the defaults.
+VARIANTS: dict[str, dict[str, Any]] = {"keras": {}}

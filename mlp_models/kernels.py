@@ -88,24 +88,27 @@ def _mix_all(kernel_TxS: Array, x_BxTxD: Array) -> Array:
 # Normalisation.
 
 
-@jax.custom_vjp
-def standardize(x: Array) -> Array:
-  """(x - mean) / sqrt(variance + 1e-6) over the last axis.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def standardize(x: Array, epsilon: float = 1e-6) -> Array:
+  """(x - mean) / sqrt(variance + epsilon) over the last axis.
 
   The derivative is written by hand: XLA on a CPU computes the one that JAX derives anew in each
   fusion that reads it. The variance is E[x^2] - E[x]^2, as by default in Flax: x is read once.
   """
-  return _standardize_forward(x)[0]
+  return _standardize_forward(x, epsilon)[0]
 
 
-def _standardize_forward(x: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def _standardize_forward(x: Array, epsilon: float) -> tuple[Array, tuple[Array, Array, Array]]:
   mean = x.mean(axis=-1, keepdims=True)
   variance = (x * x).mean(axis=-1, keepdims=True) - mean * mean
-  factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-6)
+  factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
   return (x - mean) * factor, (x, mean, factor)
 
 
-def _standardize_backward(kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array]:
+def _standardize_backward(
+  epsilon: float, kept: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array]:
+  del epsilon
   x, mean, factor = kept
   y = (x - mean) * factor
   along_y = (gradient * y).mean(axis=-1, keepdims=True)

@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 
 from mlp_models import dropout, kernels
 
-POOLS = ("flatten", "mean")
+GELUS = ("exact", "tanh")
+HEAD_INITS = ("glorot", "zeros")
 
 # Initial values and constants are those of Keras, where the reference numbers come from.
 Dense = functools.partial(
@@ -23,11 +24,16 @@ Dense = functools.partial(
 )
 
 
-def gelu(x: Array) -> Array:
-  """x times the normal distribution function of x, exact (arXiv:1606.08415, section 2)."""
-  # jax.nn.gelu uses erfc, which is slower on a CPU. In float32, because 1 + erf(x) has few digits
-  # left where x is far below zero.
+def gelu(x: Array, kind: str = "exact") -> Array:
+  """x times the normal distribution function of x (arXiv:1606.08415, section 2).
+
+  kind: "exact", or "tanh" for the approximation with the hyperbolic tangent.
+  """
+  # In float32, because 1 + erf(x) has few digits left where x is far below zero.
   y = x.astype(jnp.float32)
+  if kind == "tanh":
+    return jax.nn.gelu(y, approximate=True).astype(x.dtype)
+  # jax.nn.gelu uses erfc, which is slower on a CPU.
   return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
@@ -35,12 +41,13 @@ class LayerNorm(nn.Module):
   """Layer normalization (arXiv:1607.06450) of the last axis, computed in float32."""
 
   dtype: DTypeLike
+  epsilon: float = 1e-6
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    y: Array = kernels.standardize(x.astype(jnp.float32)) * scale_D + bias_D
+    y: Array = kernels.standardize(x.astype(jnp.float32), self.epsilon) * scale_D + bias_D
     return y.astype(self.dtype)
 
 
@@ -111,19 +118,29 @@ def patches(images_BxHxWxC: Array, image_size: int, patch_size: int) -> Array:
   return x.swapaxes(2, 3).reshape(batch, side * side, patch_size * patch_size * channels)
 
 
-def pool(x_BxTxD: Array, how: str) -> Array:
-  """Tokens to one vector an image: "flatten" to [B, T*D], or their float32 "mean" [B, D]."""
-  if how not in POOLS:
-    raise ValueError(f"unknown pool {how!r}, known are {', '.join(POOLS)}")
-  if how == "flatten":
-    return x_BxTxD.reshape(x_BxTxD.shape[0], -1)
-  return x_BxTxD.mean(axis=1, dtype=jnp.float32)
+def mean_head(
+  x_BxTxD: Array, num_classes: int, dropout_rate: float, head_init: str = "glorot"
+) -> Array:
+  """Mean over the tokens, dropout and `head`: float32 logits [B, num_classes]."""
+  x_BxD = dropout.Dropout(dropout_rate)(x_BxTxD.mean(axis=1, dtype=jnp.float32))
+  return head(x_BxD, num_classes, head_init)
 
 
-def mean_head(x_BxTxD: Array, num_classes: int, dropout_rate: float) -> Array:
-  """Mean over the tokens, dropout and a dense layer "head": float32 logits [B, num_classes]."""
-  x_BxD = dropout.Dropout(dropout_rate)(pool(x_BxTxD, "mean"))
-  return Dense(num_classes, dtype=jnp.float32, name="head")(x_BxD)
+def head(x_BxD: Array, num_classes: int, head_init: str = "glorot") -> Array:
+  """A dense layer "head" in float32, [B, D] -> [B, num_classes]; no classes: the features, float32.
+
+  head_init: "glorot", or "zeros" for a head that starts without an opinion.
+  """
+  if not num_classes:
+    return x_BxD.astype(jnp.float32)
+  init = {"glorot": nn.initializers.glorot_uniform(), "zeros": nn.initializers.zeros}[head_init]
+  return Dense(num_classes, dtype=jnp.float32, kernel_init=init, name="head")(x_BxD)
+
+
+def record(module: nn.Module, name: str, value: Array) -> Array:
+  """The value; kept as the module's intermediate `name` if "intermediates" is mutable."""
+  module.sow("intermediates", name, value)
+  return value
 
 
 def remat(block: type[nn.Module], on: bool) -> type[nn.Module]:

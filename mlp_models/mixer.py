@@ -6,6 +6,7 @@ have as many hidden units as there are tokens, and no norm precedes the mean ove
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -73,3 +74,7 @@ class Mixer(nn.Module):
     for i in range(self.num_blocks):
       x_BxTxD = block(self.dropout_rate, self.dtype, name=f"block{i}")(x_BxTxD)
     return layers.mean_head(x_BxTxD, self.num_classes, self.dropout_rate)
+
+
+# By name: the fields that differ from the defaults.
+VARIANTS: dict[str, dict[str, Any]] = {"keras": {}}

@@ -7,6 +7,7 @@ sharing its weights (the paper's first has its own), and a head that ends in dro
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -184,4 +185,8 @@ class Perceiver(nn.Module):
 
     head_units = (*self.ffn_units[:-1], self.num_classes)
     head = FFN(head_units, self.dropout_rate, jnp.float32, name="head")
-    return head(layers.pool(latents_BxLxD, "mean"))
+    return head(latents_BxLxD.mean(axis=1, dtype=jnp.float32))
+
+
+# By name: the fields that differ from the defaults.
+VARIANTS: dict[str, dict[str, Any]] = {"keras": {}}

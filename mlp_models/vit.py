@@ -6,6 +6,7 @@ width is free of the model's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jax.typing import DTypeLike
 
 from mlp_models import dropout, layers
 from mlp_models.attention import SelfAttention
+
+POOLS = ("flatten", "mean")
 
 
 class MLP(nn.Module):
@@ -92,7 +95,18 @@ class ViT(nn.Module):
       x_BxTxD = block(*sizes, *rates, self.dtype, name=f"block{i}")(x_BxTxD)
     x_BxTxD = layers.LayerNorm(dtype=self.dtype, name="norm")(x_BxTxD)
 
-    x_BxF = layers.pool(x_BxTxD, self.pool).astype(self.dtype)
+    x_BxF = _pool(x_BxTxD, self.pool).astype(self.dtype)
     x_BxF = dropout.Dropout(self.head_dropout_rate)(x_BxF)
     x_BxF = MLP(self.head_units, self.head_dropout_rate, self.dtype, name="head_mlp")(x_BxF)
     return layers.Dense(self.num_classes, dtype=jnp.float32, name="head")(x_BxF)
+
+
+def _pool(x_BxTxD: Array, how: str) -> Array:
+  """Tokens to one vector an image: "flatten" to [B, T*D], or their float32 "mean" [B, D]."""
+  if how == "flatten":
+    return x_BxTxD.reshape(x_BxTxD.shape[0], -1)
+  return x_BxTxD.mean(axis=1, dtype=jnp.float32)
+
+
+# By name: the fields that differ from the defaults.
+VARIANTS: dict[str, dict[str, Any]] = {"keras": {}}
