@@ -41,6 +41,7 @@ class Layout(NamedTuple):
   rules: Callable[[Fields, Shapes], list[Rule]]
   prefixes: tuple[str, ...] = ()  # that names may begin with, all or those outside of the head
   ignored: tuple[str, ...] = ()  # regular expressions of arrays that a classifier does not use
+  lacks: tuple[str, ...] = ()  # prefixes of our parameters that such files lack, besides the head's
 
 
 def same(theirs: str, ours: str) -> Rule:
@@ -142,7 +143,7 @@ def square_side(num_tokens: int, what: str) -> int:
 
 def apply(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Our parameters by path, from their arrays. Raises KeyError if one of theirs is missing."""
-  params = {}
+  params: dict[str, np.ndarray] = {}
   for rule in rules:
     params.update(zip(rule.ours, rule.to_ours(arrays[rule.theirs]), strict=True))
   return params

@@ -1,0 +1,136 @@
+"""Fits arrays to a model: another image size, other classes, and what the weights lack."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from mlp_models.pretrained.layouts import listed
+from mlp_models.pretrained.positions import resample
+from mlp_models.pretrained.sources import WeightsError
+
+Arrays = dict[str, np.ndarray]  # by path
+_HEAD = "head/"
+_POSITION = "position/embedding"
+_OVER_TOKENS = ("token_mlp/", "spatial/")  # layers whose sizes are numbers of tokens
+
+
+class Fit:
+  """Arrays on their way into a model, and what is said about them.
+
+  arrays: by path; the methods change them.
+  model: the module that they are for.
+  said: the source, for messages.
+  say: called with each line.
+  """
+
+  def __init__(self, arrays: Arrays, model: Any, said: str, say: Callable[[str], object]):
+    self.arrays, self._model, self._said, self._say = arrays, model, said, say
+    self._images = jax.ShapeDtypeStruct(_image_shape(arrays, model), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), self._images)["params"]
+    self._shapes = {path: x.shape for path, x in flatten_dict(shapes, sep="/").items()}
+
+  def head(self, theirs: Sequence[str], ours: Sequence[str], num_theirs: int) -> None:
+    """Keeps the head for the same classes, in our order; drops it for others.
+
+    Args:
+      theirs, ours: names of the classes; () if unknown.
+      num_theirs: classes of the weights' head; 0: they have none.
+    """
+    num_ours: int = self._model.num_classes
+    if theirs and ours and set(theirs) == set(ours) and len(ours) == len(theirs) == num_theirs:
+      order = [list(theirs).index(name) for name in ours]
+      for path, x in self.arrays.items():
+        if path.startswith(_HEAD) and x.shape[-1:] == (num_theirs,):
+          self.arrays[path] = x[..., order]
+      moved = ", in another order" if order != sorted(order) else ""
+      self._say(f"head kept: the {num_ours:,} classes have the same names{moved}")
+    elif num_ours == num_theirs and not (theirs and ours):
+      self._say(f"head kept: {num_ours:,} classes" if num_ours else "no head: features")
+    else:
+      self.arrays = {k: x for k, x in self.arrays.items() if not k.startswith(_HEAD)}
+      before = "classes of other names" if num_ours == num_theirs else f"{num_theirs:,}"
+      if not num_ours:
+        self._say("head left out: the model returns features")
+      elif not num_theirs:
+        self._say(f"head new, {num_ours:,} classes: the weights have none")
+      else:
+        self._say(f"head reset: {num_ours:,} classes instead of {before}")
+
+  def positions(self, grid: tuple[int, int] | None) -> None:
+    """Resamples position embeddings to the model's grid of patches.
+
+    Args:
+      grid: the weights', (H, W) in patches; None: a square one.
+    """
+    path = next((path for path in self._shapes if path.endswith(_POSITION)), None)
+    if path is None or path not in self.arrays:
+      return
+    (rows, width), (new_rows, new_width) = self.arrays[path].shape, self._shapes[path]
+    side = math.isqrt(new_rows)
+    class_tokens = new_rows - side * side  # 1 or 0: no two squares lie as near, but 0 and 1
+    grid = grid or (math.isqrt(rows - class_tokens),) * 2
+    if width != new_width or (rows == new_rows and grid == (side, side)):
+      return
+    try:
+      self.arrays[path] = resample(self.arrays[path], grid, (side, side), class_tokens)
+    except ValueError as error:
+      raise WeightsError(f"{self._said}: {error}") from None
+    self._say(
+      f"position embeddings resampled from {grid[0]} x {grid[1]} to {side} x {side} patches"
+    )
+
+  def params(self, may_be_new: Sequence[str], seed: int) -> dict[str, Any]:
+    """The model's parameters; those that the weights lack start as in a new model.
+
+    Args:
+      may_be_new: prefixes of paths, beside the head's.
+      seed: of the new ones.
+    Raises:
+      WeightsError: other arrays are missing, are too many, or have other shapes.
+    """
+    allowed = (_HEAD, *may_be_new)
+    missing = [path for path in self._shapes if path not in self.arrays]
+    if lost := [path for path in missing if not path.startswith(allowed)]:
+      raise WeightsError(f"{self._said} lacks {listed(lost)}")
+    if extra := [path for path in self.arrays if path not in self._shapes]:
+      raise WeightsError(f"{self._said} has {listed(extra)}, which the model lacks")
+    wrong = [path for path, x in self.arrays.items() if x.shape != self._shapes[path]]
+    if wrong:
+      raise WeightsError(self._mismatch(wrong))
+    if new := [path for path in missing if not path.startswith(_HEAD)]:
+      self._say(f"new, as the weights lack them: {listed(new)}")
+    flat: dict[str, Any] = {k: jnp.asarray(x, jnp.float32) for k, x in self.arrays.items()}
+    if missing:
+
+      @jax.jit  # computes no other array
+      def init() -> dict[str, jax.Array]:
+        images = jnp.zeros(self._images.shape, jnp.float32)
+        params = self._model.init(jax.random.key(seed), images)["params"]
+        return {path: x for path, x in flatten_dict(params, sep="/").items() if path in missing}
+
+      flat |= init()
+    return flat
+
+  def _mismatch(self, wrong: Sequence[str]) -> str:
+    lines = [f"{path} {self.arrays[path].shape}, the model {self._shapes[path]}" for path in wrong]
+    text = f"{self._said} has {'; '.join(lines[:3])}"
+    if len(lines) > 3:
+      text += f"; and {len(lines) - 3} more of other shapes"
+    if any(part in path for path in wrong for part in _OVER_TOKENS):
+      text += ". Weights over tokens fit one number of patches only: "
+      text += "keep the weights' image_size and patch_size"
+    return text
+
+
+def _image_shape(arrays: Mapping[str, np.ndarray], model: Any) -> tuple[int, int, int, int]:
+  """Of one image: the patch embedding knows the number of channels."""
+  size: int = model.image_size
+  channels = 3
+  if "patch_embed/kernel" in arrays:
+    channels = arrays["patch_embed/kernel"].shape[0] // model.patch_size**2
+  return 1, size, size, max(1, channels)

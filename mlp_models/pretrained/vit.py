@@ -1,0 +1,5 @@
+"""stub"""
+
+from mlp_models.pretrained.rules import Layout
+
+LAYOUTS: tuple[Layout, ...] = ()
