@@ -132,5 +132,6 @@ def _image_shape(arrays: Mapping[str, np.ndarray], model: Any) -> tuple[int, int
   size: int = model.image_size
   channels = 3
   if "patch_embed/kernel" in arrays:
-    channels = arrays["patch_embed/kernel"].shape[0] // model.patch_size**2
-  return 1, size, size, max(1, channels)
+    channels, rest = divmod(arrays["patch_embed/kernel"].shape[0], model.patch_size**2)
+    channels = 3 if rest else channels  # the shapes will be found to differ
+  return 1, size, size, channels
