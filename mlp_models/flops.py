@@ -36,7 +36,7 @@ def _of_equation(equation: Any) -> int:
     return of_one_output * _size(equation.outvars[0])
   if name == "fft":
     shape, lengths = equation.invars[0].aval.shape, params["fft_lengths"]
-    return round(5 * math.prod(shape) * math.log2(math.prod(lengths)))
+    return int(5 * math.prod(shape) * math.log2(math.prod(lengths)))
   inner = [_of_jaxpr(jaxpr) for jaxpr in _inner(params)]
   if name == "cond":  # one branch runs, such as that of a platform
     return max(inner)
