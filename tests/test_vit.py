@@ -317,7 +317,8 @@ def test_other_structures_are_refused_by_the_names_of_their_arrays(tmp_path):
     ({}, 16, "exact"),
     ({"architecture": "vit_so400m_patch14_siglip_224"}, 16, "exact"),
     ({"architecture": "vit_so400m_patch16_siglip_gap_256"}, 16, "tanh"),
-    ({"model_args": {"num_heads": 12, "act_layer": "gelu_tanh"}}, 12, "tanh"),
+    ({"architecture": "vit_base_patch16_siglip_224"}, 12, "exact"),
+    ({"model_args": {"num_heads": 8, "act_layer": "gelu_tanh"}}, 8, "tanh"),
   ],
 )
 def test_heads_and_gelu_follow_config_and_architecture(config, num_heads, gelu, tmp_path):

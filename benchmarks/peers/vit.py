@@ -94,4 +94,6 @@ CASES = {
 
 FULL_CASES = {
   name: functools.partial(_timm, name) for name in ("vit_small_patch16_224", "vit_base_patch16_224")
-} | {"transformers_vit_base": functools.partial(_transformers, ViTWithNamesOfFiles)}
+} | {
+  "transformers_vit_base": functools.partial(_transformers, ViTWithNamesOfFiles, num_labels=1000)
+}

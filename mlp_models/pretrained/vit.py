@@ -34,36 +34,27 @@ _QKV = ("query", "key", "value")
 
 
 def _fields(
-  patches: tuple[int, ...],
-  *,
-  num_positions: int,
-  num_classes: int,
-  num_blocks: int,
-  num_heads: int,
-  hidden: int,
-  pool: str,
-  has_class_token: bool,
-  **others: Any,
+  patches: tuple[int, ...], num_positions: int, hidden: int, has_class_token: bool, **others: Any
 ) -> Fields:
   """The fields of a model without dropout.
 
   patches: the patch embedding's (D, P, P).
   num_positions: rows of the position embeddings, with or without one for the class token.
+  others: fields, num_heads and pool among them.
   """
   width, patch_size, patch_width = patches
   if patch_size != patch_width:
     raise ValueError(f"patches of {patch_size} x {patch_width} pixels are not square")
-  if width % num_heads:
-    raise ValueError(f"{num_heads} heads do not divide the width {width}")
+  if width % others["num_heads"]:
+    raise ValueError(f"{others['num_heads']} heads do not divide the width {width}")
   class_rows = int(has_class_token and not _is_square(num_positions))
   side = square_side(num_positions - class_rows, "the position embedding")
-  sizes = {"image_size": side * patch_size, "patch_size": patch_size, "width": width}
-  sizes |= {"num_blocks": num_blocks, "num_heads": num_heads, "head_dim": width // num_heads}
-  units = {"mlp_units": (hidden, width), "head_units": (), "num_classes": num_classes}
-  tokens = {"position": "learned", "pool": pool, "class_token": has_class_token and pool != "cls"}
+  sizes: Fields = {"image_size": side * patch_size, "patch_size": patch_size, "width": width}
+  sizes |= {"head_dim": width // others["num_heads"], "mlp_units": (hidden, width)}
+  tokens = {"position": "learned", "class_token": has_class_token and others["pool"] != "cls"}
   rates = dict.fromkeys(("dropout_rate", "attention_dropout_rate", "head_dropout_rate"), 0.0)
-  words = {"gelu_last": False, "attention_init": "papers", "head_init": "zeros"}
-  return sizes | units | tokens | rates | words | others
+  rest = {"head_units": (), "gelu_last": False, "attention_init": "papers", "head_init": "zeros"}
+  return sizes | tokens | rates | rest | others
 
 
 def _is_square(number: int) -> bool:
@@ -100,8 +91,11 @@ def _tokens(fields: Fields, shapes: Shapes, cls: str, position: str | None) -> l
 
 # timm.
 
-# Models of timm whose heads are not by `_num_heads`, and those whose gelu is the one with tanh.
-_TIMM_HEADS = {"test_vit": 2, "vit_base_patch16_gap_224": 16}
+# Heads by a word in the architecture's name, and of two whose name misleads.
+_TIMM_HEADS = {"tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "so400m": 16}
+_TIMM_HEADS |= dict.fromkeys(("huge", "giant", "giantopt", "gigantic"), 16)
+_TIMM_HEADS |= {"test_vit": 2, "vit_base_patch16_gap_224": 16}
+# Architectures whose gelu is the one with tanh.
 _TIMM_TANH = re.compile(
   r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip(_gap)?_\d+"
   r"|large_patch16_siglip(_gap)?_512)"
@@ -117,12 +111,15 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
     raise ValueError(f"the activation {gelu!r} is not supported, only 'gelu' and 'gelu_tanh' are")
   if args.get("norm_layer", "layernorm") != "layernorm" or args.get("pool_include_prefix"):
     raise ValueError("norm_layer and pool_include_prefix are not supported")
+  if more := [token for token in ("reg_token", "dist_token") if token in shapes]:
+    raise ValueError(f"{more[0]} is not supported")
+  heads = [_TIMM_HEADS[word] for word in (name, *name.split("_")) if word in _TIMM_HEADS]
   return _fields(
     patches=(width, *patch),
     num_positions=shapes["pos_embed"][-2],
     num_classes=shapes.get("head.weight", (0,))[0],
     num_blocks=count(shapes, "blocks.{}."),
-    num_heads=args.get("num_heads") or _TIMM_HEADS.get(name) or _num_heads(width),
+    num_heads=args.get("num_heads") or (heads or [_num_heads(width)])[0],
     hidden=shapes["blocks.0.mlp.fc1.weight"][0],
     pool=_timm_pool(shapes, args.get("global_pool") or config.get("global_pool")),
     has_class_token="cls_token" in shapes,
@@ -134,11 +131,13 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
 def _timm_pool(shapes: Shapes, global_pool: str | None) -> str:
   """The field `pool`; without a config, what timm's default is for such arrays."""
   norm_is_last = "fc_norm.weight" in shapes
-  if "attn_pool.latent" in shapes and not norm_is_last:
-    global_pool = "map"
+  if "attn_pool.latent" in shapes:
+    if norm_is_last:
+      raise ValueError("fc_norm after attn_pool is not supported")
+    return "map"
   if global_pool is None:
     global_pool = "avg" if norm_is_last or "cls_token" not in shapes else "token"
-  pools = {"token": "cls", "avg": "mean_norm" if norm_is_last else "mean", "map": "map"}
+  pools = {"token": "cls", "avg": "mean_norm" if norm_is_last else "mean"}
   if global_pool not in pools:
     raise ValueError(f"global_pool {global_pool!r} is not supported")
   return pools[global_pool]
