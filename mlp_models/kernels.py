@@ -164,16 +164,13 @@ def attention(
 def _fits_cudnn(query_BxTxNxK: Array) -> bool:
   """Whether this machine's cuDNN takes such heads. JAX raises where it does not, so ask first."""
   *sizes, head_dim = query_BxTxNxK.shape
+  if query_BxTxNxK.dtype != jnp.bfloat16 or head_dim % 8 or head_dim > 128:
+    return False
+  if not all(isinstance(size, int) for size in sizes):  # in an export the batch size is a symbol
+    return False
   device = jax.devices()[0]
-  return (
-    device.platform == "gpu"
-    and "cuda" in device.client.platform_version
-    and float(device.compute_capability) >= 8
-    and query_BxTxNxK.dtype == jnp.bfloat16
-    and head_dim % 8 == 0
-    and head_dim <= 128
-    and all(isinstance(size, int) for size in sizes)  # in an export the batch size is a symbol
-  )
+  is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
+  return is_cuda and float(device.compute_capability) >= 8
 
 
 def _attend_fused(

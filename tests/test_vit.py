@@ -15,7 +15,8 @@ import safetensors.numpy
 
 import mlp_models
 from mlp_models import vit
-from mlp_models.pretrained import describe
+from mlp_models.pretrained import describe, rules
+from mlp_models.pretrained.vit import LAYOUTS
 
 TINY = {
   "image_size": 8,
@@ -301,6 +302,13 @@ def test_class_tokens_without_a_position_are_known_by_the_number_of_rows(tmp_pat
   embedding[0] = 0
   expected = model.apply({"params": params | {"position": {"embedding": embedding}}}, IMAGES)
   np.testing.assert_array_equal(loaded_logits(file)[0], expected)
+
+  (timm,) = (layout for layout in LAYOUTS if layout.project == "timm")
+  shapes = {name: x.shape for name, x in arrays.items()}
+  table = timm.rules(timm.fields(shapes, {}), shapes)
+  returned = rules.invert(table, rules.apply(table, arrays))
+  assert returned["pos_embed"].shape == (1, 4, 64)
+  jax.tree.map(np.testing.assert_array_equal, returned, arrays)
 
 
 def test_other_structures_are_refused_by_the_names_of_their_arrays(tmp_path):
