@@ -170,11 +170,7 @@ def save(
 def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
   """What the arrays are, and the rule for each of them by its full name; None if they are ours."""
   if opened.own is not None:
-    fields = dict(opened.own["fields"])
-    given = opened.own.get("preprocessing") or {"image_size": fields["image_size"]}
-    names = tuple(opened.own.get("class_names") or ())
-    preprocessing = Preprocessing.from_dict(given)
-    return Found(fields.pop("name"), fields, names, preprocessing, "mlp_models"), None
+    return _describe_own(opened.own, opened.said), None
   layout, full = find_layout(opened)
   shapes = {name: opened.shapes[full[name]] for name in full}
   try:
@@ -193,6 +189,17 @@ def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
     lacks=layout.lacks,
   )
   return found, {full[rule.theirs]: rule for rule in rules if rule.theirs in full}
+
+
+def _describe_own(own: Mapping[str, Any], said: str) -> Found:
+  try:
+    fields = dict(own["fields"])
+    name, given = fields.pop("name"), own.get("preprocessing")
+    preprocessing = Preprocessing.from_dict(given or {"image_size": fields["image_size"]})
+    registry.create(name, **fields)
+    return Found(name, fields, tuple(own["class_names"]), preprocessing, "mlp_models")
+  except (KeyError, TypeError, ValueError) as error:
+    raise WeightsError(f"{said} is damaged, or of a later version: {error}") from None
 
 
 def _read(opened: Source, rules: Mapping[str, Rule] | None) -> dict[str, np.ndarray]:

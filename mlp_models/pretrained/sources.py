@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
+from etils import epath
 
 HUB = "hf://"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pth.tar")
@@ -46,13 +47,15 @@ def open_source(source: str | os.PathLike[str]) -> Source:
 
   Args:
     source: a .safetensors or .npz file, a folder with model.safetensors and config.json, a workdir
-      of `train.main`, or "hf://ORG/NAME".
+      of `train.main`, which may be in a bucket, or "hf://ORG/NAME".
   Raises:
     WeightsError: there is no such file, or it is of another kind or damaged.
   """
   said = os.fspath(source)
   if said.startswith(HUB):
     return _open_folder(_download(said))._replace(said=said)
+  if "://" in said:
+    return _open_workdir(epath.Path(said))
   path = Path(os.path.expanduser(said))
   if path.name.endswith(_PICKLES):
     new = path.name.split(".")[0] + ".safetensors"
@@ -75,9 +78,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
 
 def _open_folder(path: Path) -> Source:
   if (path / "checkpoints").is_dir() and (path / "dataset.json").is_file():
-    from mlp_models.pretrained import workdir  # late: orbax takes seconds to import
-
-    return workdir.open_workdir(path)
+    return _open_workdir(epath.Path(path.absolute()))
   if (index := path / "model.safetensors.index.json").is_file():
     parts = sorted(set(_json(index).get("weight_map", {}).values()))
     return _open_safetensors([path / part for part in parts], path, _config(path))
@@ -89,6 +90,18 @@ def _open_folder(path: Path) -> Source:
   if pickles := [file for file in sorted(path.iterdir()) if file.name.endswith(_PICKLES)]:
     return open_source(pickles[0])
   raise WeightsError(f"{path} holds no model.safetensors, and is no workdir of a run")
+
+
+def _open_workdir(path: epath.Path) -> Source:
+  from mlp_models.pretrained import workdir  # late: orbax takes seconds to import
+
+  try:
+    arrays, own = workdir.read(path)
+  except (OSError, ValueError) as error:
+    raise WeightsError(_first_line(error)) from None
+  except (KeyError, TypeError) as error:
+    raise WeightsError(f"{path} is damaged: {_first_line(error)}") from None
+  return Source(str(path), {k: x.shape for k, x in arrays.items()}, arrays.__getitem__, {}, own)
 
 
 def _open_safetensors(files: list[Path], said: Path, config: dict[str, Any]) -> Source:
