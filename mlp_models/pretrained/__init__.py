@@ -85,7 +85,8 @@ def load(
   Args:
     source: a .safetensors file with the names of timm, of transformers or our own; a folder with
       config.json and model.safetensors; an .npz file of vision_transformer or big_vision; a workdir
-      of `train.main`; or "hf://ORG/NAME", which needs the package huggingface_hub.
+      of `train.main`; or "hf://ORG/NAME" or "hf://ORG/NAME@REVISION", which need the package
+      huggingface_hub.
     num_classes: of the head; 0: no head, `apply` returns features; None: that of the weights.
     class_names: of the head's classes, in order; None: unknown.
     say: called with each line that says what was found, kept, resampled and reset.

@@ -17,7 +17,8 @@ HUB = "hf://"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pth.tar")
 _TO_SAFETENSORS = (
   'python -c "import torch, safetensors.torch as s; '
-  's.save_file(torch.load({path!r}, weights_only=True), {new!r})"'
+  "w = torch.load({path!r}, 'cpu', weights_only=True); "
+  's.save_file({{k: x.clone() for k, x in w.items()}}, {new!r})"'
 )
 
 
@@ -47,7 +48,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
 
   Args:
     source: a .safetensors or .npz file, a folder with model.safetensors and config.json, a workdir
-      of `train.main`, which may be in a bucket, or "hf://ORG/NAME".
+      of `train.main`, which may be in a bucket, or "hf://ORG/NAME" or "hf://ORG/NAME@REVISION".
   Raises:
     WeightsError: there is no such file, or it is of another kind or damaged.
   """
@@ -148,7 +149,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _download(source: str) -> Path:
   """The folder of a repository on the hub, downloaded first if it is not in the hub's cache."""
-  name = source.removeprefix(HUB)
+  name, _, revision = source.removeprefix(HUB).partition("@")
   try:
     from huggingface_hub import snapshot_download  # late: an extra
   except ModuleNotFoundError:
@@ -156,12 +157,20 @@ def _download(source: str) -> Path:
       f"{source} needs the package huggingface_hub: pip install '.[hub]'"
     ) from None
   try:
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    path = snapshot_download(
+      name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]
+    )
   except Exception as error:  # of the network, the hub, and names that it does not know
     raise WeightsError(
       f"{source} can't be downloaded ({_first_line(error)}). Download its config.json and "
       "model.safetensors elsewhere, and name the folder that holds them instead"
     ) from None
+  if not list(Path(path).glob("*.safetensors")):
+    raise WeightsError(
+      f"{source} has no safetensors, perhaps a pickle only. If another revision has them, "
+      f"{HUB}{name}@REVISION names it, such as {HUB}{name}@refs/pr/1"
+    )
+  return Path(path)
 
 
 def _first_line(error: Exception) -> str:
