@@ -10,6 +10,7 @@
 # make test-plan      compile for TPUs; installs libtpu
 # make test-gcs       workdirs in buckets; installs gcsfs and a server
 # make test-keras     the Keras models in benchmarks/; installs TensorFlow
+# make test-peers     full-size models beside timm's and transformers'; installs PyTorch (5.5 GB)
 #
 # Each sets up .venv first. PYTHON=python3.12 make ... picks another interpreter.
 
@@ -19,7 +20,7 @@ BIN := .venv/bin
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
 .PHONY: train test coverage lint audit setup clean \
-  test-slow test-cifar100 test-plan test-gcs test-keras
+  test-slow test-cifar100 test-plan test-gcs test-keras test-peers
 
 train: setup
 	$(BIN)/python -m train.main --config configs/mixer.py --workdir runs/first \
@@ -65,6 +66,11 @@ test-keras: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
 	MLP_MODELS_REQUIRE="$$MLP_MODELS_REQUIRE keras" \
 	  $(BIN)/python -m pytest -q tests/test_keras_models.py
+
+test-peers: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peers]"
+	MLP_MODELS_REQUIRE="$$MLP_MODELS_REQUIRE torch" \
+	  $(BIN)/python -m pytest -q tests/test_peers.py tests/test_peers_full.py
 
 setup: .venv/installed
 

@@ -56,12 +56,13 @@ class TokenDense(nn.Module):
 
   features: int
   dtype: DTypeLike
+  kernel_init: nn.initializers.Initializer = nn.initializers.glorot_uniform()
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
   @nn.compact
   def __call__(self, x_BxTxD: Array) -> Array:
     shape = (x_BxTxD.shape[1], self.features)
-    kernel_TxS = self.param("kernel", nn.initializers.glorot_uniform(), shape)
+    kernel_TxS = self.param("kernel", self.kernel_init, shape)
     bias_S = self.param("bias", self.bias_init, (self.features,))
     x_BxTxD, kernel_TxS, bias_S = nn.dtypes.promote_dtype(
       x_BxTxD, kernel_TxS, bias_S, dtype=self.dtype

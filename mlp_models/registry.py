@@ -38,6 +38,7 @@ _CHOICES = {  # of fields that are words
   "pool": vit.POOLS,
   "gelu": layers.GELUS,
   "head_init": layers.HEAD_INITS,
+  "spatial_init": gmlp.SPATIAL_INITS,
 }
 
 
@@ -134,10 +135,7 @@ def _checked(field: str, value: Any, default: Any) -> Any:
   elif field in _CHOICES:
     if value not in _CHOICES[field]:
       raise ValueError(f"unknown {field} {value!r}, known are {', '.join(_CHOICES[field])}")
-  elif field == "norm_epsilon":
-    if not isinstance(value, int | float) or not 0 <= value < 1:
-      raise ValueError(f"{field} is {value!r}, it must be at least 0 and less than 1")
-  elif field.endswith("_rate"):
+  elif field.endswith(("_rate", "_epsilon")):
     if not isinstance(value, int | float) or not 0 <= value < 1:
       raise ValueError(f"{field} is {value!r}, it must be at least 0 and less than 1")
   elif isinstance(default, tuple):
@@ -160,6 +158,8 @@ def _check_that_sizes_fit(model: nn.Module) -> None:
     raise ValueError(
       f"image_size {size['image_size']} is not a multiple of patch_size {size['patch_size']}"
     )
+  if isinstance(model, gmlp.GMLP) and model.hidden_units and model.hidden_units % 2:
+    raise ValueError(f"hidden_units is {model.hidden_units}: half of them gate the other half")
   for field in ("mlp_units", "ffn_units"):  # of MLPs whose output is added to their input
     units = size.get(field)
     if units is not None and units[-1:] != (size["width"],):

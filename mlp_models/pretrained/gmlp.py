@@ -1,5 +1,45 @@
-"""stub"""
+"""Layout of gMLP's weights: timm's `gmlp_*`."""
 
-from mlp_models.pretrained.rules import Layout
+from mlp_models.pretrained import rules
+from mlp_models.pretrained.rules import Config, Fields, Layout, Rule, Shapes
 
-LAYOUTS: tuple[Layout, ...] = ()
+
+def _timm_fields(shapes: Shapes, config: Config) -> Fields:
+  num_tokens, _ = shapes["blocks.0.mlp_channels.gate.proj.weight"]
+  width, _, patch_size, _ = shapes["stem.proj.weight"]
+  return {
+    "image_size": patch_size * rules.square_side(num_tokens, "blocks.0.mlp_channels.gate"),
+    "patch_size": patch_size,
+    "width": width,
+    "num_blocks": rules.count(shapes, "blocks.{}."),
+    "hidden_units": shapes["blocks.0.mlp_channels.fc1.weight"][0],
+    "head_norm": True,
+    "gelu": "exact",
+    "norm_epsilon": 1e-6,
+    "gate_norm_epsilon": 1e-5,  # PyTorch's default, where the other norms are told 1e-6
+    "num_classes": shapes.get("head.weight", (0,))[0],
+  }
+
+
+def _timm_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
+  table = rules.conv_patches("stem.proj", "patch_embed", fields["patch_size"])
+  for i in range(fields["num_blocks"]):
+    theirs, ours = f"blocks.{i}", f"block{i}"
+    table += rules.norm(f"{theirs}.norm", f"{ours}/norm1")
+    table += rules.linear(f"{theirs}.mlp_channels.fc1", f"{ours}/proj_in")
+    table += rules.norm(f"{theirs}.mlp_channels.gate.norm", f"{ours}/norm2")
+    table += rules.linear(f"{theirs}.mlp_channels.gate.proj", f"{ours}/spatial")
+    table += rules.linear(f"{theirs}.mlp_channels.fc2", f"{ours}/proj_out")
+  table += rules.norm("norm", "norm")
+  return table + (rules.linear("head", "head") if fields["num_classes"] else [])
+
+
+LAYOUTS = (
+  Layout(
+    project="timm",
+    family="gmlp",
+    marks=("stem.proj.weight", "blocks.0.mlp_channels.gate.proj.weight"),
+    fields=_timm_fields,
+    rules=_timm_rules,
+  ),
+)

@@ -1,5 +1,98 @@
-"""stub"""
+"""Layouts of MLP-Mixer's weights: timm's `mixer_*`, and the authors' npz files."""
 
-from mlp_models.pretrained.rules import Layout
+from mlp_models.pretrained import rules
+from mlp_models.pretrained.rules import Config, Fields, Layout, Rule, Shapes
 
-LAYOUTS: tuple[Layout, ...] = ()
+_PAPER: Fields = {"shared_norm": False, "head_norm": True, "norm_epsilon": 1e-6}
+
+
+def _timm_fields(shapes: Shapes, config: Config) -> Fields:
+  token_units, num_tokens = shapes["blocks.0.mlp_tokens.fc1.weight"]
+  if shapes["blocks.0.mlp_tokens.fc2.weight"] != (num_tokens, token_units):
+    raise ValueError("its MLPs have gates (timm's gmixer), those of MLP-Mixer have none")
+  width, _, patch_size, _ = shapes["stem.proj.weight"]
+  return _PAPER | {
+    "image_size": patch_size * rules.square_side(num_tokens, "blocks.0.mlp_tokens"),
+    "patch_size": patch_size,
+    "width": width,
+    "num_blocks": rules.count(shapes, "blocks.{}."),
+    "token_units": token_units,
+    "channel_units": shapes["blocks.0.mlp_channels.fc1.weight"][0],
+    "gelu": "exact",
+    "num_classes": shapes.get("head.weight", (0,))[0],
+  }
+
+
+def _timm_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
+  table = rules.conv_patches("stem.proj", "patch_embed", fields["patch_size"])
+  for i in range(fields["num_blocks"]):
+    theirs, ours = f"blocks.{i}", f"block{i}"
+    for norm in ("norm1", "norm2"):
+      table += rules.norm(f"{theirs}.{norm}", f"{ours}/{norm}")
+    for their_mlp, our_mlp in (("mlp_tokens", "token_mlp"), ("mlp_channels", "channel_mlp")):
+      table += rules.linear(f"{theirs}.{their_mlp}.fc1", f"{ours}/{our_mlp}/in")
+      table += rules.linear(f"{theirs}.{their_mlp}.fc2", f"{ours}/{our_mlp}/out")
+  table += rules.norm("norm", "norm")
+  return table + (rules.linear("head", "head") if fields["num_classes"] else [])
+
+
+def _npz_fields(shapes: Shapes, config: Config) -> Fields:
+  num_tokens, token_units = shapes["MixerBlock_0/token_mixing/Dense_0/kernel"]
+  patch_size, _, _, width = shapes["stem/kernel"]
+  return _PAPER | {
+    "image_size": patch_size * rules.square_side(num_tokens, "MixerBlock_0/token_mixing"),
+    "patch_size": patch_size,
+    "width": width,
+    "num_blocks": rules.count(shapes, "MixerBlock_{}/"),
+    "token_units": token_units,
+    "channel_units": shapes["MixerBlock_0/channel_mixing/Dense_0/kernel"][1],
+    "gelu": "tanh",
+    "num_classes": shapes.get("head/bias", (0,))[0],
+  }
+
+
+def _npz_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
+  patch_size, width = fields["patch_size"], fields["width"]
+  their_shape, our_shape = (patch_size, patch_size, -1, width), (-1, width)
+  table = [
+    rules.reshaped("stem/kernel", "patch_embed/kernel", their_shape, our_shape),
+    rules.same("stem/bias", "patch_embed/bias"),
+  ]
+  layers = {"pre_head_layer_norm": "norm"}
+  if fields["num_classes"]:
+    layers["head"] = "head"
+  for i in range(fields["num_blocks"]):
+    theirs, ours = f"MixerBlock_{i}", f"block{i}"
+    layers |= {
+      f"{theirs}/LayerNorm_0": f"{ours}/norm1",
+      f"{theirs}/LayerNorm_1": f"{ours}/norm2",
+      f"{theirs}/token_mixing/Dense_0": f"{ours}/token_mlp/in",
+      f"{theirs}/token_mixing/Dense_1": f"{ours}/token_mlp/out",
+      f"{theirs}/channel_mixing/Dense_0": f"{ours}/channel_mlp/in",
+      f"{theirs}/channel_mixing/Dense_1": f"{ours}/channel_mlp/out",
+    }
+  for layer, our_layer in layers.items():
+    weight = "scale" if our_layer.rpartition("/")[2].startswith("norm") else "kernel"
+    for leaf in (weight, "bias"):
+      table.append(rules.same(f"{layer}/{leaf}", f"{our_layer}/{leaf}"))
+  return table
+
+
+LAYOUTS = (
+  Layout(
+    project="timm",
+    family="mixer",
+    marks=("stem.proj.weight", "blocks.0.mlp_tokens.fc1.weight"),
+    fields=_timm_fields,
+    rules=_timm_rules,
+  ),
+  # google-research/vision_transformer and big_vision; the latter's nn.gelu is the tanh kind, too.
+  Layout(
+    project="npz",
+    family="mixer",
+    marks=("stem/kernel", "MixerBlock_0/token_mixing/Dense_0/kernel"),
+    fields=_npz_fields,
+    rules=_npz_rules,
+    prefixes=("params/", "opt/target/"),
+  ),
+)
