@@ -1,14 +1,15 @@
-"""Self-attention with several heads (arXiv:1706.03762, section 3.2).
+"""Attention with several heads (arXiv:1706.03762, section 3.2).
 
-Shapes: B batch, N heads, T S tokens, K head width, D width.
+Shapes: B batch, N heads, T S tokens, K head width, D E widths.
 """
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mlp_models import dropout, kernels
+from mlp_models import dropout, kernels, layers
 from mlp_models.kernels import AttentionWeights
 
 
@@ -29,7 +30,9 @@ class HeadWeights(nn.Module):
 class SelfAttention(nn.Module):
   """Multi-head self-attention, [B, T, D] -> [B, T, D], with heads of any width.
 
-  Dropout is on the softmax, which is float32; all else is computed in `dtype`.
+  With `data` [B, S, E], their tokens are the keys and values. Dropout is on the softmax, which is
+  float32; all else is computed in `dtype`. Intermediates: "weights", the softmax before dropout,
+  float32 [B, N, T, S].
   """
 
   num_heads: int
@@ -38,32 +41,54 @@ class SelfAttention(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x_BxTxD: Array) -> Array:
-    width, heads = x_BxTxD.shape[-1], (self.num_heads, self.head_dim)
+  def __call__(self, x_BxTxD: Array, data_BxSxE: Array | None = None) -> Array:
+    is_wide = data_BxSxE is None and self.head_dim >= x_BxTxD.shape[-1]
+    x_BxTxD = x_BxTxD.astype(self.dtype)
+    data_BxSxE = x_BxTxD if data_BxSxE is None else data_BxSxE.astype(self.dtype)
+    width, data_width, heads = (
+      x_BxTxD.shape[-1],
+      data_BxSxE.shape[-1],
+      (self.num_heads, self.head_dim),
+    )
     weights = AttentionWeights(
       query=HeadWeights((width, *heads), heads, name="query")(),
-      key=HeadWeights((width, *heads), heads, name="key")(),
-      value=HeadWeights((width, *heads), heads, name="value")(),
+      key=HeadWeights((data_width, *heads), heads, name="key")(),
+      value=HeadWeights((data_width, *heads), heads, name="value")(),
       out=HeadWeights((*heads, width), (width,), name="out")(),
     )
+    if self.is_mutable_collection("intermediates"):
+      layers.record(self, "weights", _softmax(x_BxTxD, data_BxSxE, weights))
     seeds_B = dropout.layer_seeds(self)
-    attend = _over_heads if self.head_dim < width else kernels.with_wide_heads(_over_heads)
-    return attend(x_BxTxD.astype(self.dtype), weights, seeds_B, self.dropout_rate)
+    if is_wide:
+      attend = kernels.with_wide_heads(lambda x, *rest: _over_heads(x, x, *rest))
+      return attend(x_BxTxD, weights, seeds_B, self.dropout_rate)
+    return _over_heads(x_BxTxD, data_BxSxE, weights, seeds_B, self.dropout_rate)
 
 
 def _over_heads(
-  x_BxTxD: Array, weights: AttentionWeights, seeds_B: Array | None, rate: float
+  x_BxTxD: Array,
+  data_BxSxE: Array,
+  weights: AttentionWeights,
+  seeds_B: Array | None,
+  rate: float,
 ) -> Array:
-  weights = jax.tree.map(lambda array: array.astype(x_BxTxD.dtype), weights)
-  query_BxNxTxK, key_BxNxTxK, value_BxNxTxK = (
-    (kernels.dense(x_BxTxD, kernel_DxNxK) + bias_NxK).swapaxes(1, 2)
-    for kernel_DxNxK, bias_NxK in (weights.query, weights.key, weights.value)
-  )
-  query_BxNxTxK = query_BxNxTxK * query_BxNxTxK.shape[-1] ** -0.5
-  # Masks count tokens before heads, as the form for wide heads does: no platform has its own.
-  axes = (2, 1, 3)
-  # drop(softmax(query @ key^T)) @ value
-  x_BxNxTxK = kernels.attend(query_BxNxTxK, key_BxNxTxK, value_BxNxTxK, seeds_B, rate, axes)
-  kernel_NxKxD, bias_D = weights.out
-  x_BxTxNK = x_BxNxTxK.swapaxes(1, 2).reshape(*x_BxTxD.shape[:2], -1)
+  query_BxTxNxK = _into_heads(x_BxTxD, *weights.query)
+  key_BxSxNxK = _into_heads(data_BxSxE, *weights.key)
+  value_BxSxNxK = _into_heads(data_BxSxE, *weights.value)
+  # drop(softmax(query @ key^T / sqrt(K))) @ value
+  x_BxTxNxK = kernels.attention(query_BxTxNxK, key_BxSxNxK, value_BxSxNxK, seeds_B, rate)
+  kernel_NxKxD, bias_D = (array.astype(x_BxTxD.dtype) for array in weights.out)
+  x_BxTxNK = x_BxTxNxK.reshape(*x_BxTxD.shape[:2], -1)
   return kernels.dense(x_BxTxNK, kernel_NxKxD.reshape(-1, x_BxTxD.shape[-1])) + bias_D
+
+
+def _into_heads(x_BxTxD: Array, kernel_DxNxK: Array, bias_NxK: Array) -> Array:
+  dtype = x_BxTxD.dtype
+  return kernels.dense(x_BxTxD, kernel_DxNxK.astype(dtype)) + bias_NxK.astype(dtype)
+
+
+def _softmax(x_BxTxD: Array, data_BxSxE: Array, weights: AttentionWeights) -> Array:
+  query_BxTxNxK = _into_heads(x_BxTxD, *weights.query).astype(jnp.float32)
+  key_BxSxNxK = _into_heads(data_BxSxE, *weights.key).astype(jnp.float32)
+  scores_BxNxTxS = jnp.einsum("btnk,bsnk->bnts", query_BxTxNxK, key_BxSxNxK)
+  return jax.nn.softmax(scores_BxNxTxS * query_BxTxNxK.shape[-1] ** -0.5)

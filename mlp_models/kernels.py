@@ -22,9 +22,9 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _exact_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def _by_platform(*operands: Any, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
-  """One of two functions of the operands, by the platform that is compiled for."""
-  result: Array = jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
+def _by_platform(*operands: Any, default: Callable[..., Array], **others: Any) -> Array:
+  """One of several functions of the operands, by the platform that is compiled for."""
+  result: Array = jax.lax.platform_dependent(*operands, default=default, **others)
   return result
 
 
@@ -140,6 +140,75 @@ real_fft2.defvjp(lambda x: (real_fft2(x), None), lambda _, gradient: (real_fft2(
 
 
 # Attention.
+
+
+def attention(
+  query_BxTxNxK: Array,
+  key_BxSxNxK: Array,
+  value_BxSxNxK: Array,
+  seeds_B: Array | None,
+  rate: float,
+) -> Array:
+  """drop(softmax(query @ key^T / sqrt(K))) @ value in each head, [B, T, N, K].
+
+  Where nothing is dropped, CUDA takes cuDNN's fused kernel, which keeps no array of [B, N, T, S];
+  else, and on other platforms, it is `attend`.
+  """
+  operands = query_BxTxNxK, key_BxSxNxK, value_BxSxNxK
+  if (seeds_B is None or rate == 0) and _fits_cudnn(query_BxTxNxK):
+    plain = functools.partial(_attend_heads, seeds_B=None, rate=rate)
+    return _by_platform(*operands, cuda=_attend_fused, default=plain)
+  return _attend_heads(*operands, seeds_B, rate)
+
+
+def _fits_cudnn(query_BxTxNxK: Array) -> bool:
+  """Whether this machine's cuDNN takes such heads. JAX raises where it does not, so ask first."""
+  *sizes, head_dim = query_BxTxNxK.shape
+  device = jax.devices()[0]
+  return (
+    device.platform == "gpu"
+    and "cuda" in device.client.platform_version
+    and float(device.compute_capability) >= 8
+    and query_BxTxNxK.dtype == jnp.bfloat16
+    and head_dim % 8 == 0
+    and head_dim <= 128
+    and all(isinstance(size, int) for size in sizes)  # in an export the batch size is a symbol
+  )
+
+
+def _attend_fused(
+  query_BxTxNxK: Array, key_BxSxNxK: Array, value_BxSxNxK: Array, implementation: Any = "cudnn"
+) -> Array:
+  fused = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+  B, T = query_BxTxNxK.shape[:2]
+  S = key_BxSxNxK.shape[1]
+  if T % 2 == 0 and S % 2 == 0:
+    return fused(query_BxTxNxK, key_BxSxNxK, value_BxSxNxK)
+  # JAX refuses the gradient of odd numbers of tokens, such as 196 patches and a class token. One
+  # more is cut out by the lengths.
+  padded = (
+    jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    for x in (query_BxTxNxK, key_BxSxNxK, value_BxSxNxK)
+  )
+  lengths = {"query_seq_lengths": jnp.full(B, T), "key_value_seq_lengths": jnp.full(B, S)}
+  return fused(*padded, **lengths)[:, :T]
+
+
+def _attend_heads(
+  query_BxTxNxK: Array,
+  key_BxSxNxK: Array,
+  value_BxSxNxK: Array,
+  seeds_B: Array | None,
+  rate: float,
+) -> Array:
+  query_BxNxTxK, key_BxNxSxK, value_BxNxSxK = (
+    heads.swapaxes(1, 2) for heads in (query_BxTxNxK, key_BxSxNxK, value_BxSxNxK)
+  )
+  query_BxNxTxK = query_BxNxTxK * query_BxNxTxK.shape[-1] ** -0.5
+  # Masks count tokens before heads, as the form for wide heads does: no platform has its own.
+  axes = (2, 1, 3)
+  out_BxNxTxK = attend(query_BxNxTxK, key_BxNxSxK, value_BxNxSxK, seeds_B, rate, axes)
+  return out_BxNxTxK.swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

