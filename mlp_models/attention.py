@@ -12,18 +12,25 @@ from jax.typing import DTypeLike
 from mlp_models import dropout, kernels, layers
 from mlp_models.kernels import AttentionWeights
 
+INITS = ("keras", "papers")
+
 
 class HeadWeights(nn.Module):
   """Kernel and bias of a dense layer into heads, [D, N, K], or out of them, [N, K, D]; float32."""
 
-  kernel_shape: tuple[int, int, int]
+  kernel_shape: tuple[int, ...]
   bias_shape: tuple[int, ...]
+  kernel_init: str
 
   @nn.compact
   def __call__(self) -> tuple[Array, Array]:
-    # Not DenseGeneral, which shows its initializer a flattened kernel: Glorot's limits are then not
-    # those of Keras, which counts all axes but the last two as a receptive field.
-    kernel = self.param("kernel", nn.initializers.glorot_uniform(), self.kernel_shape)
+    # Keras counts all axes but the last two as a receptive field, and so starts with less.
+    init = nn.initializers.glorot_uniform()
+    if self.kernel_init == "papers":
+      is_into = self.kernel_shape[1:] == self.bias_shape
+      axes = (0, (1, 2)) if is_into else ((0, 1), 2)
+      init = nn.initializers.glorot_uniform(*axes)
+    kernel = self.param("kernel", init, self.kernel_shape)
     return kernel, self.param("bias", nn.initializers.zeros, self.bias_shape)
 
 
@@ -31,30 +38,29 @@ class SelfAttention(nn.Module):
   """Multi-head self-attention, [B, T, D] -> [B, T, D], with heads of any width.
 
   With `data` [B, S, E], their tokens are the keys and values. Dropout is on the softmax, which is
-  float32; all else is computed in `dtype`. Intermediates: "weights", the softmax before dropout,
-  float32 [B, N, T, S].
+  float32; all else is computed in `dtype`. `kernel_init` is one of INITS: Glorot's as Keras counts
+  inputs and outputs, or as the papers' code does. Intermediates: "weights", the softmax before
+  dropout, float32 [B, N, T, S].
   """
 
   num_heads: int
   head_dim: int
   dropout_rate: float
   dtype: DTypeLike
+  kernel_init: str = "keras"
 
   @nn.compact
   def __call__(self, x_BxTxD: Array, data_BxSxE: Array | None = None) -> Array:
     is_wide = data_BxSxE is None and self.head_dim >= x_BxTxD.shape[-1]
     x_BxTxD = x_BxTxD.astype(self.dtype)
     data_BxSxE = x_BxTxD if data_BxSxE is None else data_BxSxE.astype(self.dtype)
-    width, data_width, heads = (
-      x_BxTxD.shape[-1],
-      data_BxSxE.shape[-1],
-      (self.num_heads, self.head_dim),
-    )
+    heads, init = (self.num_heads, self.head_dim), self.kernel_init
+    into, data_into = ((tokens.shape[-1], *heads) for tokens in (x_BxTxD, data_BxSxE))
     weights = AttentionWeights(
-      query=HeadWeights((width, *heads), heads, name="query")(),
-      key=HeadWeights((data_width, *heads), heads, name="key")(),
-      value=HeadWeights((data_width, *heads), heads, name="value")(),
-      out=HeadWeights((*heads, width), (width,), name="out")(),
+      query=HeadWeights(into, heads, init, name="query")(),
+      key=HeadWeights(data_into, heads, init, name="key")(),
+      value=HeadWeights(data_into, heads, init, name="value")(),
+      out=HeadWeights((*heads, into[0]), into[:1], init, name="out")(),
     )
     if self.is_mutable_collection("intermediates"):
       layers.record(self, "weights", _softmax(x_BxTxD, data_BxSxE, weights))

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mlp_models import fnet, gmlp, layers, mixer, perceiver, vit
+from mlp_models import attention, fnet, gmlp, layers, mixer, perceiver, vit
 
 _Variants = dict[str, tuple[type[nn.Module], Mapping[str, Any]]]
 
@@ -36,6 +36,9 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 
 _CHOICES = {  # of fields that are words
   "pool": vit.POOLS,
+  "position": vit.POSITIONS,
+  "head_activation": vit.HEAD_ACTIVATIONS,
+  "attention_init": attention.INITS,
   "gelu": layers.GELUS,
   "head_init": layers.HEAD_INITS,
   "spatial_init": gmlp.SPATIAL_INITS,

