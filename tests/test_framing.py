@@ -18,8 +18,11 @@ from train.check import check_config
 from train.data import folder, show, statistics
 from train.data.decode import decode, decode_file, resize
 from train.data.framing import CENTER, Framing
+from train.devices.mesh import make_mesh
 from train.errors import ConfigError
 from train.run.workdir import read_config
+from train.state import abstract_state, make_init
+from train.step import lower_train_step, make_train_step
 
 
 @settings(max_examples=200, deadline=None)
@@ -138,6 +141,19 @@ def test_a_wide_photo_is_not_squashed_wherever_it_is_read(photos, knobs, monkeyp
     dark = image[..., 0] < 128
     height, width = dark.any(1).sum(), dark.any(0).sum()
     assert abs(int(height) - int(width)) <= 1 and abs(height - 64 / 3 / config.data.crop) < 2.5
+
+
+def test_limits_and_compiled_steps_follow_decode_size(photos):
+  config = photos_config(photos, **{"data.decode_size": 24})
+  config.data.in_memory_bytes = 12 * 24 * 24 * 3  # four images in each of three splits
+  assert isinstance(data.load(config.data, 32).train, data.Split)
+  config.data.in_memory_bytes -= 1
+  assert isinstance(data.load(config.data, 32).train, data.StreamedSplit)
+  mesh, info = make_mesh(devices=jax.devices()[:1]), data.foresee(config.data)
+  step = make_train_step(config, info.num_classes, 8, mesh)
+  state = abstract_state(make_init(config, info, mesh), info)
+  lowered = lower_train_step(step, state, config, info, mesh)
+  assert f"tensor<1x{config.batch_size}x24x24x3xui8>" in lowered.as_text()
 
 
 def test_squashing_is_what_0_3_did(photos, monkeypatch):
