@@ -140,7 +140,9 @@ def test_a_wide_photo_is_not_squashed_wherever_it_is_read(photos, knobs, monkeyp
   for image in evaluated:
     dark = image[..., 0] < 128
     height, width = dark.any(1).sum(), dark.any(0).sum()
-    assert abs(int(height) - int(width)) <= 1 and abs(height - 64 / 3 / config.data.crop) < 2.5
+    assert (
+      abs(int(height) - int(width)) <= 1 and abs(height - 64 / 3 / options["framing"].crop) < 2.5
+    )
 
 
 def test_limits_and_compiled_steps_follow_decode_size(photos):
