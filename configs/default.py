@@ -38,6 +38,9 @@ def get_config() -> ConfigDict:
   config.augment.flip = True  # mirror half of the images left to right
   config.augment.zoom = 0.2  # height and width, each by a factor within 1 +- zoom
   config.augment.rotation = 0.0  # within +- this fraction of a full turn
+  # Least area of a random crop, as a fraction of the image in memory, with an aspect ratio of 3/4
+  # to 4/3: usually 0.08 or 0.3. 0.0: none, training sees what evaluation does.
+  config.augment.crop = 0.0
 
   config.optimizer = ConfigDict()  # AdamW
   config.optimizer.learning_rate = 1e-3
@@ -74,6 +77,19 @@ def _data() -> ConfigDict:
   data.data_dir = ""  # TFDS's folder; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
   data.archive = ""  # CIFAR archive on disk to prepare from, instead of a download
   data.fallback = ""  # dataset to use if `name` is not prepared and can't be downloaded
+  # Side in pixels of images in memory, squares cut from the centre; above the model's image_size it
+  # leaves detail for random crops. None: `crop` of it is image_size. But images that all have one
+  # size, such as CIFAR's, keep it, unless they are photos of more than 512 pixels a side.
+  data.decode_size = config_dict.placeholder(int)
+  data.crop = 1.0  # the fraction of the shorter side that evaluation sees, around the centre
+  data.crop_mode = "center"  # keep the aspect; "squash": see both sides, made square
+  # "bilinear" as Keras: the device does not antialias, so decode_size should be near image_size; or
+  # "bicubic" as Pillow, with antialiasing. Decoding always antialiases.
+  data.interpolation = "bilinear"
+  # With which images are normalised, in pixel units (0 to 255): one value, or one for each channel.
+  # (): of the training images.
+  data.mean = ()
+  data.variance = ()
   # Memory limit in bytes, summed over a host's processes; larger sets are streamed. None: a quarter
   # of the memory.
   data.in_memory_bytes = config_dict.placeholder(int)

@@ -117,7 +117,8 @@ def variant_of(model: nn.Module) -> str | None:
 
 def _is_free(field: str) -> bool:
   """Whether models of one variant may differ in a field."""
-  return field.endswith(("_rate", "_init")) or field in ("num_classes", "image_size")
+  free = ("num_classes", "image_size", "gelu")  # projects differ in gelu and epsilons
+  return field.endswith(("_rate", "_init", "_epsilon")) or field in free
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:

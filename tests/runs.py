@@ -62,7 +62,7 @@ def run_code(code: str, **environment: str) -> subprocess.CompletedProcess:
     env=os.environ | environment,
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=200,
   )
 
 

@@ -162,7 +162,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     env=os.environ | {"PYTHONPATH": paths},
     stdout=subprocess.PIPE,
     text=True,
-    timeout=60,
+    timeout=200,
   )
   workers = [int(pid) for pid in process.stdout.split()]
   assert process.returncode == -signal.SIGKILL and len(workers) == 2

@@ -54,7 +54,7 @@ def test_run_in_a_bucket_is_stopped_resumed_and_evaluated(bucket, uninterrupted)
     assert process.poll() is None, process.communicate()
     time.sleep(0.2)
   process.terminate()
-  process.communicate(timeout=60)
+  process.communicate(timeout=200)
   assert process.returncode == 128 + signal.SIGTERM
 
   process = run(*command)

@@ -39,7 +39,7 @@ def run_cli(*arguments, **environment):
     env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=250,
   )
 
 

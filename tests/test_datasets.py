@@ -226,7 +226,7 @@ def test_shapes100_is_prepared_when_asked_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_shapes100_whole_within_a_minute(tmp_path):
+def test_shapes100_is_drawn_whole(tmp_path):
   result = run_cli("prepare", "--name", "shapes100", "--data_dir", tmp_path)
   assert result.returncode == 0
   folder = tmp_path / "shapes100" / "1.0.0"

@@ -245,7 +245,7 @@ def test_a_signal_while_testing_is_obeyed(signum, uninterrupted, tmp_path):
     if line.startswith("Testing"):
       break
   process.send_signal(signum)
-  _, error = process.communicate(timeout=60)
+  _, error = process.communicate(timeout=200)
   assert process.returncode == 128 + signum
   assert "Traceback" not in error
   assert error.splitlines()[-1].startswith(f"error: stopped by {signal.Signals(signum).name}; the")
@@ -273,7 +273,7 @@ def test_other_commands_end_with_a_signals_status(command, signum, uninterrupted
     assert process.stdout.readline() == "\n"  # the libraries are imported
     time.sleep(seconds)
     process.send_signal(signum)
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=200)
     assert "Traceback" not in error
     statuses.append(process.returncode)
     # A library may drop the signal: then the command finishes, or ends a few seconds later.

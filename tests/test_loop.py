@@ -130,7 +130,7 @@ def test_resumed_run_equals_uninterrupted_run(uninterrupted, tmp_path, signum):
   process = start(folder)
   wait_until_in_mid_epoch(process, folder, first_step=2)
   process.send_signal(signum)
-  _, error = process.communicate(timeout=60)
+  _, error = process.communicate(timeout=200)
   if signum == signal.SIGKILL:
     assert process.returncode == -signum
   else:
@@ -156,7 +156,7 @@ def test_run_goes_on_on_other_devices(uninterrupted, tmp_path, monkeypatch):
   process = start(folder)
   wait_until_in_mid_epoch(process, folder, first_step=2)
   process.terminate()
-  process.communicate(timeout=60)
+  process.communicate(timeout=200)
   process = start(folder, "--config.microbatch=4", devices=4)
   _, error = process.communicate(timeout=200)
   assert process.returncode == 0, error
@@ -172,7 +172,7 @@ def test_several_steps_a_call_change_nothing_but_rounding(uninterrupted, tmp_pat
   process = start(folder, "--config.steps_per_call=3")  # 40 = 13 * 3 + 1
   wait_until_in_mid_epoch(process, folder, first_step=2)
   process.terminate()
-  process.communicate(timeout=60)
+  process.communicate(timeout=200)
   assert saved_step(folder) % 40 % 3 == 0
   process = start(folder, "--config.steps_per_call=3")
   _, error = process.communicate(timeout=200)
@@ -191,7 +191,7 @@ def test_signal_during_compilation_or_validation_is_obeyed_at_once(uninterrupted
     assert process.poll() is None, process.communicate()
     time.sleep(0.005)
   process.terminate()
-  process.communicate(timeout=60)
+  process.communicate(timeout=200)
   assert process.returncode == 128 + signal.SIGTERM
   assert saved_step(folder) == 0
 
@@ -200,7 +200,7 @@ def test_signal_during_compilation_or_validation_is_obeyed_at_once(uninterrupted
     assert process.poll() is None, process.communicate()
     time.sleep(0.001)
   process.terminate()
-  process.communicate(timeout=60)
+  process.communicate(timeout=200)
   process = start(folder)
   _, error = process.communicate(timeout=200)
   assert process.returncode == 0, error

@@ -20,6 +20,7 @@ from train import optimizer
 from train.check import check_config
 from train.data import Split
 from train.data.batches import image_numbers, stack
+from train.data.framing import CENTER
 from train.devices.mesh import by_example, state_shardings
 from train.errors import ConfigError, TrainingFailed
 from train.loop import train_and_evaluate
@@ -172,9 +173,9 @@ def test_a_skipped_step_changes_only_the_two_counts(kind, monkeypatch, tmp_path)
 
 
 def test_images_whose_validation_loss_is_not_finite_are_found(monkeypatch):
-  def poisoned(model, weights, images):
+  def poisoned(model, weights, images, framing):
     bright = images[:, :1, 0, 0] == 255
-    return jnp.where(bright, jnp.nan, eval_logits(model, weights, images))
+    return jnp.where(bright, jnp.nan, eval_logits(model, weights, images, framing))
 
   monkeypatch.setattr("train.nonfinite.eval_logits", poisoned)
   batch = noise_batch(0, masked=2)
@@ -184,7 +185,9 @@ def test_images_whose_validation_loss_is_not_finite_are_found(monkeypatch):
   model, state = make_model(config, 100), new_state(config)
   for mesh, microbatch in ((mesh_of(1), 32), (mesh_of(4, 2), 2)):
     bad = jax.jit(
-      lambda *x, m=microbatch, on=mesh: losses_not_finite(*x, model=model, microbatch=m, mesh=on)
+      lambda *x, m=microbatch, on=mesh: losses_not_finite(
+        *x, model=model, framing=CENTER, microbatch=m, mesh=on
+      )
     )(state.weights(), batch)
     assert np.flatnonzero(bad).tolist() == [3, 17]
 

@@ -81,3 +81,70 @@ def test_arrays_return_to_the_file_as_they_were(folder):
   arrays = safetensors.numpy.load_file(folder / "model.safetensors")
   for name, array in in_their_names(folder, params).items():
     np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+
+
+def mixer_of_the_authors(arrays, images):
+  """Logits by the formulas of arXiv:2105.01601, section 2, from arrays in the authors' names."""
+
+  def dense(name, x):
+    return x @ arrays[f"{name}/kernel"] + arrays[f"{name}/bias"]
+
+  def norm(name, x):
+    deviation = x - x.mean(axis=-1, keepdims=True)
+    x = deviation / np.sqrt((deviation**2).mean(axis=-1, keepdims=True) + 1e-6)
+    return x * arrays[f"{name}/scale"] + arrays[f"{name}/bias"]
+
+  def mlp(name, x):
+    h = dense(f"{name}/Dense_0", x)
+    h = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    return dense(f"{name}/Dense_1", h)
+
+  kernel_PxPxCxD = arrays["stem/kernel"]
+  size, side = len(kernel_PxPxCxD), images.shape[1] // len(kernel_PxPxCxD)
+  patches = images.reshape(-1, side, size, side, size, 3)
+  x = np.einsum("bipjqc,pqcd->bijd", patches, kernel_PxPxCxD) + arrays["stem/bias"]
+  x = x.reshape(len(x), side * side, -1)
+  for block in ("MixerBlock_0", "MixerBlock_1"):
+    y = norm(f"{block}/LayerNorm_0", x).swapaxes(1, 2)
+    x = x + mlp(f"{block}/token_mixing", y).swapaxes(1, 2)
+    x = x + mlp(f"{block}/channel_mixing", norm(f"{block}/LayerNorm_1", x))
+  return dense("head", norm("pre_head_layer_norm", x).mean(axis=1))
+
+
+@pytest.mark.parametrize("prefix", ["", "params/"])
+def test_mixer_of_an_npz_file_has_the_logits_of_its_authors(prefix, tmp_path):
+  tokens, width, token_units, channel_units = 4, 6, 5, 7
+  layers = {"stem": (2, 2, 3, width), "head": (width, 8), "pre_head_layer_norm": (width,)}
+  for block in ("MixerBlock_0", "MixerBlock_1"):
+    layers |= {
+      f"{block}/LayerNorm_0": (width,),
+      f"{block}/LayerNorm_1": (width,),
+      f"{block}/token_mixing/Dense_0": (tokens, token_units),
+      f"{block}/token_mixing/Dense_1": (token_units, tokens),
+      f"{block}/channel_mixing/Dense_0": (width, channel_units),
+      f"{block}/channel_mixing/Dense_1": (channel_units, width),
+    }
+  rng = np.random.default_rng(0)
+  arrays = {f"{layer}/bias": rng.normal(size=shape[-1]) for layer, shape in layers.items()}
+  for layer, shape in layers.items():
+    leaf = "scale" if len(shape) == 1 else "kernel"
+    arrays[f"{layer}/{leaf}"] = rng.normal(size=shape)
+  file = tmp_path / "Mixer.npz"
+  np.savez(file, **{prefix + name: array.astype(np.float32) for name, array in arrays.items()})
+  images = rng.normal(size=(3, 4, 4, 3))
+
+  model, params, _ = mlp_models.load(file, say=lambda line: None)
+  logits = jax.jit(model.apply)({"params": params}, images.astype(np.float32))
+  expected = mixer_of_the_authors(arrays, images)
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_timms_gated_mixer_is_refused_by_its_shapes(tmp_path):
+  arrays = safetensors.numpy.load_file(GOLDEN / "peers" / "timm_mixer" / "model.safetensors")
+  for mlp in ("mlp_tokens", "mlp_channels"):
+    for block in (0, 1):
+      name = f"blocks.{block}.{mlp}.fc2.weight"
+      arrays[name] = np.ascontiguousarray(np.split(arrays[name], 2, axis=1)[0])
+  safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+  with pytest.raises(mlp_models.WeightsError, match="gates.*gmixer"):
+    mlp_models.load(tmp_path)

@@ -72,7 +72,7 @@ def test_evaluation_counts_every_image_once(smoke_config, finished_run, devices)
   mesh = make_mesh(devices=jax.devices()[:devices])
   trained = checkpoint.load_trained_model(finished_run, mesh)
   split = data.load(smoke_config().data, 32, splits=("test",)).test
-  step = make_eval_step(trained.model, 4, mesh)
+  step = make_eval_step(trained.config, trained.info.num_classes, 4, mesh)
   result = evaluate_split(step, trained.weights, split, 96, mesh)  # 500 = 5 x 96 + 20
   expected = metrics.read_summary(finished_run)
   assert result["accuracy"] == expected["test_accuracy"]

@@ -3,6 +3,7 @@
 tests/test_peers.py compares logits with the projects that the weights come from.
 """
 
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 import mlp_models
 from mlp_models.pretrained import describe
 from mlp_models.pretrained.positions import resample
+from train.devices.mesh import make_mesh
+from train.run.checkpoint import load_trained_model
+from train.step import eval_logits
 
 SIZES = {"image_size": 8, "patch_size": 4, "width": 16, "num_blocks": 2}
 NAMES = ("cat", "dog", "eel")
@@ -200,3 +205,33 @@ def test_the_list_of_models_fits_a_terminal_and_names_every_variant():
   listed = [(line[:10].strip(), line[10:22].strip()) for line in lines[1:]]
   assert listed == [(name, v) for name, of in mlp_models.VARIANTS.items() for v in of]
   assert lines[1].split()[:5] == ["mixer", "keras", "64", "242,788", "0.04"]
+
+
+def test_a_workdir_gives_the_weights_of_its_best_epoch(finished_run, tmp_path):
+  model, params, preprocessing, said = load(finished_run)
+  trained = load_trained_model(epath.Path(finished_run), make_mesh())
+  jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(trained.weights.params))
+  assert "head kept: 100 classes" in said and model.num_classes == 100
+  assert describe(finished_run).class_names == trained.info.class_names
+
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  normalised = (images / 255 - preprocessing.mean) / preprocessing.std
+  logits = model.apply({"params": params}, jnp.asarray(normalised, jnp.float32))
+  expected = eval_logits(trained.model, trained.weights, images)
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_a_workdir_without_weights_or_with_damaged_ones_is_one_line(finished_run, tmp_path):
+  copy = tmp_path / "run"
+  shutil.copytree(finished_run, copy)
+  for file in copy.glob("checkpoints/best/*/default/d/*"):
+    file.write_bytes(b"")
+  with pytest.raises(mlp_models.WeightsError, match="checkpoints/best/.* can't be read") as error:
+    load(copy)
+  assert "\n" not in str(error.value)
+  shutil.rmtree(copy / "checkpoints" / "best")
+  with pytest.raises(mlp_models.WeightsError, match="no weights yet"):
+    load(copy)
+  (copy / "config.json").write_text("{")
+  with pytest.raises(mlp_models.WeightsError, match="config.json can't be read"):
+    load(copy)

@@ -194,7 +194,7 @@ def test_eval_step_counts_every_image_once_and_ignores_the_mesh():
     BATCH - 3,
   ]
   for devices, microbatch in ((1, 32), (2, 4), (8, 2)):
-    sums = make_eval_step(model, microbatch, mesh_of(devices))(state.weights(), batch)
+    sums = make_eval_step(config, 100, microbatch, mesh_of(devices))(state.weights(), batch)
     np.testing.assert_allclose(jax.tree.leaves(sums), expected, rtol=1e-5)
 
 

@@ -19,9 +19,9 @@ def decoded(monkeypatch) -> list[str]:
   paths: list[str] = []
   original = folder._decode
 
-  def noting(path, shape, background):
+  def noting(path, *how):
     paths.append(path)
-    return original(path, shape, background)
+    return original(path, *how)
 
   monkeypatch.setattr(folder, "_decode", noting)
   return paths

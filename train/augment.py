@@ -1,23 +1,29 @@
-"""Normalise, resize, flip, rotate and zoom a batch of images, as pure functions on the device.
+"""Normalise, crop, resize, flip, rotate and zoom images, as pure functions on the device.
 
-Resizing, flipping and zooming are linear and act on rows and columns separately, so an image is
-warped by two small matrices: `rows @ image @ columns.T`. Rotation is not separable and is sampled
-pixel by pixel, between the flip and the zoom; without rotation there is no such code in the graph.
+All but the rotation are linear and act on rows and columns separately, so an image is warped by two
+small matrices: `rows @ image @ columns.T`. Rotation is not separable and is sampled pixel by pixel,
+between the flip and the zoom; without rotation there is no such code in the graph.
 
 The steps follow the Keras layers Normalization, Resizing, RandomFlip, RandomRotation and
-RandomZoom, with bilinear interpolation and 'reflect' fill: (d c b a | a b c d | d c b a).
+RandomZoom, with bilinear interpolation and 'reflect' fill: (d c b a | a b c d | d c b a). Random
+crops follow Inception (Szegedy et al., arXiv:1409.4842, section 6).
 Letters: B batch, H W raw image, S image_size, C colour channels.
 """
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
+from ml_collections import ConfigDict
+
+from train.data.framing import CENTER, Framing
 
 Array = jax.Array
+# Of a random crop: width / height is log-uniform between 3/4 and 4/3.
+_LOG_ASPECT = math.log(4 / 3)
 
 
 class Factors(NamedTuple):
@@ -34,19 +40,36 @@ class Factors(NamedTuple):
   angle: Array | None = None
 
 
-def preprocess(images: Array, *, mean: Array, variance: Array, image_size: int) -> Array:
-  """Normalises and resizes: all that evaluation does to an image.
+class Box(NamedTuple):
+  """The part of an image that is cut out, in pixels: one for all images, or float32 [B] each."""
+
+  top: float | Array
+  left: float | Array
+  height: float | Array
+  width: float | Array
+
+
+def options(config: ConfigDict) -> dict[str, Any]:
+  """The keyword arguments of `augment` that a run's config gives."""
+  return config.augment.to_dict() | {"framing": Framing.of(config.data)}
+
+
+def preprocess(
+  images: Array, *, mean: Array, variance: Array, image_size: int, framing: Framing = CENTER
+) -> Array:
+  """Normalises, crops and resizes: all that evaluation does to an image.
 
   Args:
     images: uint8 [B, H, W, C].
     mean, variance: [C], of the training images, in pixel units (0 to 255).
     image_size: S, the side of the square result in pixels.
+    framing: which part of an image is seen.
   Returns:
     float32 [B, S, S, C].
   """
   _, H, W, _ = images.shape
-  images = _normalize(images, mean, variance)
-  return _resample(images, _resize_matrix(H, image_size), _resize_matrix(W, image_size))
+  rows, columns = _crop_matrices(Box(*framing.seen(H, W)), H, W, image_size, framing.interpolation)
+  return _resample(_normalize(images, mean, variance), rows, columns)
 
 
 def augment(
@@ -60,8 +83,10 @@ def augment(
   flip: bool = True,
   zoom: float = 0.2,
   rotation: float = 0.0,
+  crop: float = 0.0,
+  framing: Framing = CENTER,
 ) -> Array:
-  """Normalises, resizes and randomly flips, rotates and zooms: what training does to an image.
+  """Normalises, resizes and randomly crops, flips, rotates and zooms: what training does.
 
   Args:
     images: uint8 [B, H, W, C].
@@ -71,11 +96,18 @@ def augment(
     mean, variance: [C], of the training images, in pixel units (0 to 255).
     image_size: S, the side of the square result in pixels.
     flip, zoom, rotation: see `draw_factors`.
+    crop: least area of a random crop, as a fraction of the image; 0: what evaluation sees.
+    framing: which part of an image evaluation sees.
   Returns:
     float32 [B, S, S, C].
   """
+  _, H, W, _ = images.shape
   factors = draw_factors(key, positions, flip=flip, zoom=zoom, rotation=rotation)
-  return warp(_normalize(images, mean, variance), factors, image_size)
+  if crop:
+    box = draw_boxes(key, positions, crop, H, W, is_square=framing.mode == "squash")
+  else:
+    box = Box(*framing.seen(H, W))
+  return warp(_normalize(images, mean, variance), factors, image_size, box, framing.interpolation)
 
 
 def draw_factors(
@@ -106,19 +138,58 @@ def draw_factors(
   )
 
 
-def warp(images: Array, factors: Factors, image_size: int) -> Array:
-  """Resizes, flips, rotates and zooms by the given factors, in this order.
+def draw_boxes(
+  key: Array, positions: Array, least_area: float, height: int, width: int, is_square: bool = False
+) -> Box:
+  """Draws a crop of each image from (key, its position in the global batch).
+
+  Its area is a fraction a of the image, uniform in [least_area, 1), and its aspect ratio r is
+  log-uniform in [3/4, 4/3). Sides that are longer than the image's are cut to them, where others
+  draw again: min(height, sqrt(a * height * width / r)) by min(width, sqrt(a * height * width * r)).
+  Its place is uniform among those inside the image.
+
+  Args:
+    key: PRNG key, the same as for `draw_factors`, which draws other numbers.
+    positions: int [B].
+    height, width: of the images, in pixels.
+    is_square: measure aspect ratios as if the images were squares.
+  """
+
+  def draw(position):
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, position), 1), (4,))
+
+  area, log_aspect, down, right = jax.vmap(draw)(positions).T
+  area = least_area + (1 - least_area) * area
+  aspect = jnp.exp(_LOG_ASPECT * (2 * log_aspect - 1)) * (1.0 if is_square else height / width)
+  box_height = height * jnp.minimum(1.0, jnp.sqrt(area / aspect))
+  box_width = width * jnp.minimum(1.0, jnp.sqrt(area * aspect))
+  return Box(down * (height - box_height), right * (width - box_width), box_height, box_width)
+
+
+def warp(
+  images: Array,
+  factors: Factors,
+  image_size: int,
+  box: Box | None = None,
+  interpolation: str = "bilinear",
+) -> Array:
+  """Cuts out the box, resizes, flips, rotates and zooms by the given factors, in this order.
 
   Args:
     images: float [B, H, W, C].
     factors: of each image.
     image_size: S, the side of the square result in pixels.
+    box: None: all of the image.
+    interpolation: of the resizing.
   Returns:
     float32 [B, S, S, C].
   """
   _, H, W, _ = images.shape
-  rows_SxH, columns_SxW = _resize_matrix(H, image_size), _resize_matrix(W, image_size)
-  columns_BxSxW = jnp.where(factors.flip[:, None, None], columns_SxW[::-1], columns_SxW)
+  rows_SxH, columns_SxW = _crop_matrices(
+    box or Box(0, 0, H, W), H, W, image_size, interpolation
+  )  # with a box for each image, [B, S, H] and [B, S, W]
+  flipped = columns_SxW[..., ::-1, :]
+  columns_BxSxW = jnp.where(factors.flip[:, None, None], flipped, columns_SxW)
   zoom_rows_BxSxS = _zoom_matrix(factors.height, image_size)
   zoom_columns_BxSxS = _zoom_matrix(factors.width, image_size)
   if factors.angle is None:
@@ -135,9 +206,37 @@ def _normalize(images: Array, mean: Array, variance: Array) -> Array:
   return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) / deviation
 
 
-def _resize_matrix(old: int, new: int) -> Array:
-  """float32 [new, old], bilinear with half-pixel centres and no antialiasing."""
-  return _interpolation_matrix((jnp.arange(new) + 0.5) * (old / new) - 0.5, old)
+def _crop_matrices(
+  box: Box, height: int, width: int, image_size: int, interpolation: str
+) -> tuple[Array, Array]:
+  """float32 [(B,) S, H] and [(B,) S, W]: cut out a box and resize it, by rows and by columns."""
+  rows = _crop_matrix(box.top, box.height, height, image_size, interpolation)
+  return rows, _crop_matrix(box.left, box.width, width, image_size, interpolation)
+
+
+def _crop_matrix(
+  start: float | Array, length: float | Array, old: int, new: int, interpolation: str
+) -> Array:
+  """float32 [(B,) new, old]: `new` pixels from `length` of an axis' `old`, half-pixel centres.
+
+  "bilinear" does not antialias, as in Keras. "bicubic" does when it shrinks, as in Pillow, because
+  the weights that want it were trained so.
+  """
+  start, length = jnp.asarray(start)[..., None], jnp.asarray(length)[..., None]
+  scale = length / new
+  coordinates = (jnp.arange(new) + 0.5) * scale + (start - 0.5)
+  if interpolation == "bilinear":
+    return _interpolation_matrix(coordinates, old)
+  distance = jnp.abs(coordinates[..., None] - jnp.arange(old)) / jnp.maximum(scale, 1)[..., None]
+  weights = _cubic(distance)
+  return weights / weights.sum(-1, keepdims=True)
+
+
+def _cubic(distance: Array) -> Array:
+  """Keys' cubic kernel with a = -0.5, as in Pillow (IEEE ASSP 29, 1981)."""
+  near = (1.5 * distance - 2.5) * distance**2 + 1
+  far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+  return jnp.where(distance < 1, near, jnp.where(distance < 2, far, 0.0))
 
 
 def _zoom_matrix(factor: Array, size: int) -> Array:

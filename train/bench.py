@@ -46,7 +46,7 @@ def evaluation_rate(training: Training, repeats: int, seconds: float) -> float:
   Each repeat takes about `seconds`, or one pass over the training images if that is shorter.
   """
   config, devices = training.config, training.mesh
-  step = make_eval_step(make_model(config, training.info.num_classes), training.microbatch, devices)
+  step = make_eval_step(config, training.info.num_classes, training.microbatch, devices)
   weights = training.state.weights()
 
   def evaluate_images(count: int) -> float:
@@ -127,7 +127,7 @@ def _parts_of_a_step(training: Training) -> dict[str, Callable]:
   """Functions of (params, batches), each a step up to the end of one phase."""
   config, devices, state = training.config, training.mesh, training.state
   model = make_model(config, training.info.num_classes)
-  augmentation = config.augment.to_dict()
+  augmentation = augment.options(config)
 
   def only_augment(params, examples, positions):
     images = augment.augment(

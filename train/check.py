@@ -1,6 +1,7 @@
 """Refuses impossible configs in one line, before anything costly starts."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 from PIL import ImageColor
 
 import mlp_models
+from train.data.framing import INTERPOLATIONS, MODES
 from train.devices.machine import memory_limit
 from train.devices.mesh import FSDP
 from train.errors import ConfigError, printable, shown
@@ -29,6 +31,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
   "steps_per_call": (1, _MOST, ""),
   "mesh.data": (1, _MOST, ", or -1"),
   "mesh.fsdp": (1, _MOST, ", or -1"),
+  "data.decode_size": (1, 2**15, ", or None"),
   "data.in_memory_bytes": (0, 2**63, ", or None"),
   "data.max_images": (1, 2**63, ", or None"),
   "data.workers": (1, 1000, ", or None"),
@@ -55,12 +58,10 @@ def check_config(config: ConfigDict) -> None:
       require(value <= most, key, f"at most {most:,}{words}")
   require(config.mesh.data != -1 or config.mesh.fsdp != -1, "mesh.fsdp", "only one axis can be -1")
   require(0 <= config.seed < 2**32, "seed", "from 0 to 2**32 - 1")
-  try:
-    ImageColor.getrgb(config.data.background)
-  except ValueError:
-    require(False, "data.background", "a colour's name, or #rrggbb")
+  _check_data(config, require)
   require(0 < config.checkpoint_seconds < math.inf, "checkpoint_seconds", "a number above 0")
   require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
+  require(0 <= config.augment.crop <= 1, "augment.crop", "from 0 (none) to 1")
   require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
   for key in ("optimizer.learning_rate", "optimizer.epsilon", "plateau.min_delta"):
     require(0 < _get(config, key) < _FLOAT32, key, "a number above 0")
@@ -81,6 +82,26 @@ def check_config(config: ConfigDict) -> None:
     for size in sizes:
       if isinstance(size, int):
         require(size <= largest, f"model.{name}", f"at most {largest:,}")
+
+
+def _check_data(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+  """The part of `check_config` for `config.data`."""
+  data = config.data
+  try:
+    ImageColor.getrgb(data.background)
+  except ValueError:
+    require(False, "data.background", "a colour's name, or #rrggbb")
+  require(0 < data.crop <= 1, "data.crop", "more than 0, at most 1 (1: the whole side)")
+  require(data.crop_mode in MODES, "data.crop_mode", " or ".join(MODES))
+  require(data.interpolation in INTERPOLATIONS, "data.interpolation", " or ".join(INTERPOLATIONS))
+  require(len(data.mean) in (0, 1, 3, 4), "data.mean", "one value, one for each channel, or ()")
+  require(len(data.variance) == len(data.mean), "data.variance", "as many values as data.mean")
+  # Deviations of images between 0 and 1 would be below 1: the usual mistake.
+  for name, least, most in (("mean", 0, 255), ("variance", 1, 255**2)):
+    are_numbers = all(isinstance(x, int | float) and least <= x <= most for x in data[name])
+    require(
+      are_numbers, f"data.{name}", f"numbers from {least} to {most:,}, for pixels of 0 to 255"
+    )
 
 
 def check_memory(config: ConfigDict, mesh: Mesh) -> None:

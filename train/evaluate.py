@@ -60,7 +60,7 @@ def main() -> None:
     fail(_with_own_flags(str(error)), 1)
   split = dataset[arguments.split]
   batch_size, microbatch = fitting_sizes(config, mesh)
-  step = make_eval_step(trained.model, microbatch, mesh)
+  step = make_eval_step(config, trained.info.num_classes, microbatch, mesh)
   try:
     with until_memory_ends():
       metrics = evaluate(step, trained.weights, split, batch_size, mesh)

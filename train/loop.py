@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from train import data, optimizer
 from train.check import check_memory
+from train.data import statistics
 from train.data.batches import num_batches, train_calls
-from train.data.statistics import channel_statistics
 from train.devices import hosts
 from train.devices.mesh import make_mesh, microbatch_size, replicated
 from train.errors import Interrupted, SavedAndStopped, TrainingFailed, WorkdirError
@@ -168,7 +168,7 @@ def open_run(
 
   state = checkpoints.restore_last(template)
   if state is None:
-    state = init(*channel_statistics(dataset["train"]))
+    state = init(*statistics.of_config(config.data, dataset["train"]))
     # A disk without space ends the run here, not after hours. Since there is a state before any
     # result, results without a state mean that somebody has removed it.
     checkpoints.save_last(state, wait=True)
@@ -185,7 +185,7 @@ def open_run(
     mesh=mesh,
     dataset=dataset,
     step=step,
-    eval_step=make_eval_step(make_model(config, info.num_classes), microbatch, mesh),
+    eval_step=make_eval_step(config, info.num_classes, microbatch, mesh),
     template=template,
     checkpoints=checkpoints,
     watch=Watch(stop, checkpoints, config, mesh),

@@ -19,8 +19,10 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from train import augment
 from train.data import Dataset
 from train.data.batches import eval_batches, image_numbers
+from train.data.framing import Framing
 from train.devices.mesh import replicated
 from train.devices.reduction import sum_over_batch
 from train.errors import StorageError, TrainingFailed, first_line
@@ -55,10 +57,16 @@ class Guard:
     jit = functools.partial(jax.jit, out_shardings=replicated(mesh))
     self._all_finite = jit(lambda params: jnp.stack(jax.tree.leaves(_finite(params))).all())
     self._diagnose = jit(
-      functools.partial(diagnose, model=model, augmentation=config.augment.to_dict(), mesh=mesh)
+      functools.partial(diagnose, model=model, augmentation=augment.options(config), mesh=mesh)
     )
     self._losses_not_finite = jit(
-      functools.partial(losses_not_finite, model=model, microbatch=microbatch, mesh=mesh)
+      functools.partial(
+        losses_not_finite,
+        model=model,
+        framing=Framing.of(config.data),
+        microbatch=microbatch,
+        mesh=mesh,
+      )
     )
 
   def look_at_losses(self, state: TrainState, batches: Batch, losses: Array) -> None:
@@ -199,13 +207,19 @@ def diagnose(
 
 
 def losses_not_finite(
-  weights: Weights, batch: Batch, *, model: nn.Module, microbatch: int, mesh: Mesh
+  weights: Weights,
+  batch: Batch,
+  *,
+  model: nn.Module,
+  framing: Framing,
+  microbatch: int,
+  mesh: Mesh,
 ) -> Array:
   """Which examples of a batch have a loss that is not finite, without augmentation (bool [B])."""
   places = jnp.arange(len(batch["label"]))
 
   def forward(params, examples: Batch, positions: Array) -> Array:
-    logits = eval_logits(model, weights.replace(params=params), examples["image"])
+    logits = eval_logits(model, weights.replace(params=params), examples["image"], framing)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
     bad = ~jnp.isfinite(losses) & examples["mask"]
     return ((places[:, None] == positions) & bad).any(1).astype(jnp.float32)

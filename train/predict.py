@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from train import augment, flags
 from train.data.decode import decode_file
+from train.data.framing import Framing
 from train.data.listing import image_files
 from train.data.names import FOLDER
 from train.devices.compile import start_jax
@@ -67,12 +68,17 @@ def make_predict(trained: TrainedModel, mesh: Mesh) -> Callable[[np.ndarray], np
   one program serves any number of images.
   """
   model, weights = trained.model, trained.weights
+  framing = Framing.of(trained.config.data)
   size = fitting_sizes(trained.config, mesh)[1] * mesh.size
 
   @jax.jit
   def probabilities(weights, images):
     x = augment.preprocess(
-      images, mean=weights.mean, variance=weights.variance, image_size=model.image_size
+      images,
+      mean=weights.mean,
+      variance=weights.variance,
+      image_size=model.image_size,
+      framing=framing,
     )
     return jax.nn.softmax(apply_model(model, weights.params, x))
 
@@ -130,8 +136,9 @@ def _files(arguments: Sequence[str]) -> Iterator[str]:
 
 def _answer(trained: TrainedModel, mesh: Mesh, paths: Iterator[str], as_json: bool) -> bool:
   """Prints an answer for each file, or on stderr why there is none; whether all had one."""
-  shape = trained.info.shape_in_memory(trained.config.model.image_size)
   data = trained.config.data
+  framing = Framing.of(data)
+  shape = framing.shape_in_memory(trained.info.image_shape, trained.config.model.image_size)
   upright = data.name.startswith(FOLDER)  # TFDS does not turn photos
 
   def read(path: str) -> np.ndarray | Exception:
@@ -140,7 +147,11 @@ def _answer(trained: TrainedModel, mesh: Mesh, paths: Iterator[str], as_json: bo
         collections.deque(image_files(path), maxlen=0)  # raises if a folder can't be read
         raise ValueError("a folder without images")
       return decode_file(
-        Path(path).read_bytes(), shape, background=data.background, upright=upright
+        Path(path).read_bytes(),
+        shape,
+        background=data.background,
+        upright=upright,
+        framing=framing,
       )
     except Exception as error:  # of the file system, of Pillow, or too little memory
       return error

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from train import augment
 from train.data.batches import eval_batches, num_batches
+from train.data.framing import Framing
 from train.data.splits import AnySplit, DatasetInfo
 from train.devices.compile import compiler_options, in_background
 from train.devices.mesh import abstract, by_example, state_shardings
@@ -51,7 +52,7 @@ def make_train_step(
     train_step,
     model=make_model(config, num_classes),
     optimizer=make_optimizer(config.optimizer),
-    augmentation=config.augment.to_dict(),
+    augmentation=augment.options(config),
     skip_nonfinite=config.nonfinite == "skip",
     microbatch=microbatch,
     mesh=mesh,
@@ -82,8 +83,9 @@ def lower_train_step(
   """
   steps = steps or min(config.steps_per_call, _steps_per_epoch(config, info))
   steps_and_batch = (steps, config.batch_size)
+  framing, size = Framing.of(config.data), config.model.image_size
   shapes = {
-    "image": ((*steps_and_batch, *info.shape_in_memory(config.model.image_size)), jnp.uint8),
+    "image": ((*steps_and_batch, *framing.shape_in_memory(info.image_shape, size)), jnp.uint8),
     "label": (steps_and_batch, jnp.int32),
     "mask": (steps_and_batch, jnp.bool),
   }
@@ -128,9 +130,18 @@ def compile_in_background(
   return in_background(compile_all)
 
 
-def make_eval_step(model: nn.Module, microbatch: int, mesh: Mesh) -> jax.stages.Wrapped:
-  """`eval_step` for a model and a mesh, jitted: (weights, batch) -> Sums."""
-  return jax.jit(functools.partial(eval_step, model=model, microbatch=microbatch, mesh=mesh))
+def make_eval_step(
+  config: ConfigDict, num_classes: int, microbatch: int, mesh: Mesh
+) -> jax.stages.Wrapped:
+  """`eval_step` for a run, jitted: (weights, batch) -> Sums."""
+  step = functools.partial(
+    eval_step,
+    model=make_model(config, num_classes),
+    framing=Framing.of(config.data),
+    microbatch=microbatch,
+    mesh=mesh,
+  )
+  return jax.jit(step)
 
 
 def train_step(
@@ -154,7 +165,7 @@ def train_step(
 
   Args:
     batch: the global batch; examples whose mask is False are ignored.
-    augmentation: flip, zoom and rotation of `augment.augment`.
+    augmentation: from `augment.options`.
     microbatch: images that a device computes at a time; divides its part of the batch.
   Returns:
     The next state, and the sums over this batch, taken before the update; their loss is NaN if no
@@ -241,6 +252,7 @@ def eval_step(
   batch: Batch,
   *,
   model: nn.Module,
+  framing: Framing,
   microbatch: int,
   mesh: Mesh,
 ) -> Sums:
@@ -248,16 +260,20 @@ def eval_step(
 
   def forward(params, examples: Batch, positions: Array):
     del positions
-    logits = eval_logits(model, weights.replace(params=params), examples["image"])
+    logits = eval_logits(model, weights.replace(params=params), examples["image"], framing)
     return sum_metrics(logits, examples["label"], examples["mask"])
 
   return sum_over_batch(forward, Sums.zero(), weights.params, batch, microbatch, mesh)
 
 
-def eval_logits(model: nn.Module, weights: Weights, images: Array) -> Array:
+def eval_logits(model: nn.Module, weights: Weights, images: Array, framing: Framing) -> Array:
   """Logits (float32 [B, C]) of images (uint8 [B, H, W, channels]), without augmentation."""
   images = augment.preprocess(
-    images, mean=weights.mean, variance=weights.variance, image_size=model.image_size
+    images,
+    mean=weights.mean,
+    variance=weights.variance,
+    image_size=model.image_size,
+    framing=framing,
   )
   return apply_model(model, weights.params, images)
 

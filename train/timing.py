@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from train import data
 from train.check import check_memory
+from train.data import statistics
 from train.data.batches import train_calls
-from train.data.statistics import channel_statistics
 from train.devices.mesh import make_mesh, microbatch_size
 from train.state import TrainState, make_init
 from train.step import compile_in_background, make_train_step
@@ -60,7 +60,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
 
   calls = train_calls(dataset["train"], config, devices, range(2**40))  # endless
   try:
-    state = init(*channel_statistics(dataset["train"]))
+    state = init(*statistics.of_config(config.data, dataset["train"]))
     first = next(calls)
     state, _ = jax.block_until_ready(step(state, first))
   except jax.errors.JaxRuntimeError as error:

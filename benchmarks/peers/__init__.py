@@ -71,4 +71,5 @@ def of_timm(architecture: str, model: torch.nn.Module | None = None) -> Case:
     "num_features": model.num_features,
     "pretrained_cfg": {key: known[key] for key in ("mean", "std", "interpolation", "crop_pct")},
   }
-  return Case(randomized(model), config, model.stem.img_size[0])
+  embed = next(part for part in model.modules() if isinstance(part, timm.layers.PatchEmbed))
+  return Case(randomized(model), config, embed.img_size[0])

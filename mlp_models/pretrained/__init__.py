@@ -85,7 +85,8 @@ def load(
   Args:
     source: a .safetensors file with the names of timm, of transformers or our own; a folder with
       config.json and model.safetensors; an .npz file of vision_transformer or big_vision; a workdir
-      of `train.main`; or "hf://ORG/NAME", which needs the package huggingface_hub.
+      of `train.main`; or "hf://ORG/NAME" or "hf://ORG/NAME@REVISION", which need the package
+      huggingface_hub.
     num_classes: of the head; 0: no head, `apply` returns features; None: that of the weights.
     class_names: of the head's classes, in order; None: unknown.
     say: called with each line that says what was found, kept, resampled and reset.
@@ -170,11 +171,7 @@ def save(
 def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
   """What the arrays are, and the rule for each of them by its full name; None if they are ours."""
   if opened.own is not None:
-    fields = dict(opened.own["fields"])
-    given = opened.own.get("preprocessing") or {"image_size": fields["image_size"]}
-    names = tuple(opened.own.get("class_names") or ())
-    preprocessing = Preprocessing.from_dict(given)
-    return Found(fields.pop("name"), fields, names, preprocessing, "mlp_models"), None
+    return _describe_own(opened.own, opened.said), None
   layout, full = find_layout(opened)
   shapes = {name: opened.shapes[full[name]] for name in full}
   try:
@@ -193,6 +190,17 @@ def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
     lacks=layout.lacks,
   )
   return found, {full[rule.theirs]: rule for rule in rules if rule.theirs in full}
+
+
+def _describe_own(own: Mapping[str, Any], said: str) -> Found:
+  try:
+    fields = dict(own["fields"])
+    name, given = fields.pop("name"), own.get("preprocessing")
+    preprocessing = Preprocessing.from_dict(given or {"image_size": fields["image_size"]})
+    registry.create(name, **fields)
+    return Found(name, fields, tuple(own["class_names"]), preprocessing, "mlp_models")
+  except (KeyError, TypeError, ValueError) as error:
+    raise WeightsError(f"{said} is damaged, or of a later version: {error}") from None
 
 
 def _read(opened: Source, rules: Mapping[str, Rule] | None) -> dict[str, np.ndarray]:

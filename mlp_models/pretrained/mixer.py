@@ -58,24 +58,19 @@ def _npz_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
     rules.reshaped("stem/kernel", "patch_embed/kernel", their_shape, our_shape),
     rules.same("stem/bias", "patch_embed/bias"),
   ]
-  layers = {"pre_head_layer_norm": "norm"}
-  if fields["num_classes"]:
-    layers["head"] = "head"
   for i in range(fields["num_blocks"]):
     theirs, ours = f"MixerBlock_{i}", f"block{i}"
-    layers |= {
-      f"{theirs}/LayerNorm_0": f"{ours}/norm1",
-      f"{theirs}/LayerNorm_1": f"{ours}/norm2",
-      f"{theirs}/token_mixing/Dense_0": f"{ours}/token_mlp/in",
-      f"{theirs}/token_mixing/Dense_1": f"{ours}/token_mlp/out",
-      f"{theirs}/channel_mixing/Dense_0": f"{ours}/channel_mlp/in",
-      f"{theirs}/channel_mixing/Dense_1": f"{ours}/channel_mlp/out",
-    }
-  for layer, our_layer in layers.items():
-    weight = "scale" if our_layer.rpartition("/")[2].startswith("norm") else "kernel"
-    for leaf in (weight, "bias"):
-      table.append(rules.same(f"{layer}/{leaf}", f"{our_layer}/{leaf}"))
-  return table
+    table += _npz_layer(f"{theirs}/LayerNorm_0", f"{ours}/norm1", "scale")
+    table += _npz_layer(f"{theirs}/LayerNorm_1", f"{ours}/norm2", "scale")
+    for their_mlp, our_mlp in (("token_mixing", "token_mlp"), ("channel_mixing", "channel_mlp")):
+      table += _npz_layer(f"{theirs}/{their_mlp}/Dense_0", f"{ours}/{our_mlp}/in", "kernel")
+      table += _npz_layer(f"{theirs}/{their_mlp}/Dense_1", f"{ours}/{our_mlp}/out", "kernel")
+  table += _npz_layer("pre_head_layer_norm", "norm", "scale")
+  return table + (_npz_layer("head", "head", "kernel") if fields["num_classes"] else [])
+
+
+def _npz_layer(theirs: str, ours: str, weight: str) -> list[Rule]:
+  return [rules.same(f"{theirs}/{leaf}", f"{ours}/{leaf}") for leaf in (weight, "bias")]
 
 
 LAYOUTS = (
@@ -86,7 +81,7 @@ LAYOUTS = (
     fields=_timm_fields,
     rules=_timm_rules,
   ),
-  # google-research/vision_transformer and big_vision; the latter's nn.gelu is the tanh kind, too.
+  # google-research/vision_transformer and big_vision; Flax's gelu is the tanh kind.
   Layout(
     project="npz",
     family="mixer",

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
+from etils import epath
 
 HUB = "hf://"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pth.tar")
 _TO_SAFETENSORS = (
   'python -c "import torch, safetensors.torch as s; '
-  's.save_file(torch.load({path!r}, weights_only=True), {new!r})"'
+  "w = torch.load({path!r}, 'cpu', weights_only=True); "
+  's.save_file({{k: x.clone() for k, x in w.items()}}, {new!r})"'
 )
 
 
@@ -46,13 +48,15 @@ def open_source(source: str | os.PathLike[str]) -> Source:
 
   Args:
     source: a .safetensors or .npz file, a folder with model.safetensors and config.json, a workdir
-      of `train.main`, or "hf://ORG/NAME".
+      of `train.main`, which may be in a bucket, or "hf://ORG/NAME" or "hf://ORG/NAME@REVISION".
   Raises:
     WeightsError: there is no such file, or it is of another kind or damaged.
   """
   said = os.fspath(source)
   if said.startswith(HUB):
     return _open_folder(_download(said))._replace(said=said)
+  if "://" in said:
+    return _open_workdir(epath.Path(said))
   path = Path(os.path.expanduser(said))
   if path.name.endswith(_PICKLES):
     new = path.name.split(".")[0] + ".safetensors"
@@ -75,9 +79,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
 
 def _open_folder(path: Path) -> Source:
   if (path / "checkpoints").is_dir() and (path / "dataset.json").is_file():
-    from mlp_models.pretrained import workdir  # late: orbax takes seconds to import
-
-    return workdir.open_workdir(path)
+    return _open_workdir(epath.Path(path.absolute()))
   if (index := path / "model.safetensors.index.json").is_file():
     parts = sorted(set(_json(index).get("weight_map", {}).values()))
     return _open_safetensors([path / part for part in parts], path, _config(path))
@@ -89,6 +91,18 @@ def _open_folder(path: Path) -> Source:
   if pickles := [file for file in sorted(path.iterdir()) if file.name.endswith(_PICKLES)]:
     return open_source(pickles[0])
   raise WeightsError(f"{path} holds no model.safetensors, and is no workdir of a run")
+
+
+def _open_workdir(path: epath.Path) -> Source:
+  from mlp_models.pretrained import workdir  # late: orbax takes seconds to import
+
+  try:
+    arrays, own = workdir.read(path)
+  except (OSError, ValueError) as error:
+    raise WeightsError(_first_line(error)) from None
+  except (KeyError, TypeError) as error:
+    raise WeightsError(f"{path} is damaged: {_first_line(error)}") from None
+  return Source(str(path), {k: x.shape for k, x in arrays.items()}, arrays.__getitem__, {}, own)
 
 
 def _open_safetensors(files: list[Path], said: Path, config: dict[str, Any]) -> Source:
@@ -135,7 +149,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _download(source: str) -> Path:
   """The folder of a repository on the hub, downloaded first if it is not in the hub's cache."""
-  name = source.removeprefix(HUB)
+  name, _, revision = source.removeprefix(HUB).partition("@")
   try:
     from huggingface_hub import snapshot_download  # late: an extra
   except ModuleNotFoundError:
@@ -143,12 +157,20 @@ def _download(source: str) -> Path:
       f"{source} needs the package huggingface_hub: pip install '.[hub]'"
     ) from None
   try:
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    path = snapshot_download(
+      name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]
+    )
   except Exception as error:  # of the network, the hub, and names that it does not know
     raise WeightsError(
       f"{source} can't be downloaded ({_first_line(error)}). Download its config.json and "
       "model.safetensors elsewhere, and name the folder that holds them instead"
     ) from None
+  if not list(Path(path).glob("*.safetensors")):
+    raise WeightsError(
+      f"{source} has no safetensors, perhaps a pickle only. If another revision has them, "
+      f"{HUB}{name}@REVISION names it, such as {HUB}{name}@refs/pr/1"
+    )
+  return Path(path)
 
 
 def _first_line(error: Exception) -> str:

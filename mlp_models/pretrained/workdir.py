@@ -2,34 +2,35 @@
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict
 
-from mlp_models.pretrained.sources import Source, WeightsError
 
+def read(folder: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """The weights of a run's best epoch by path, and what describes them.
 
-def open_workdir(folder: Path) -> Source:
-  """Opens the weights of a run's best epoch.
-
+  Args:
+    folder: an absolute path; also gs://BUCKET/...
   Raises:
-    WeightsError: no epoch has ended, or the files are damaged.
+    KeyError, OSError, TypeError, ValueError: the folder holds no run, no epoch has ended, or files
+      are damaged.
   """
   config, dataset = _json(folder / "config.json"), _json(folder / "dataset.json")
   best = folder / "checkpoints" / "best"
   names = [path.name for path in best.iterdir()] if best.is_dir() else []
   epochs = sorted((int(name) for name in names if name.isdigit()), reverse=True)
   if not epochs:
-    raise WeightsError(f"{folder} holds no weights yet: no epoch of its run has ended")
+    raise ValueError(f"{folder} holds no weights yet: no epoch of its run has ended")
   try:
     weights = _restore(best / str(epochs[0]) / "default")
   except Exception as error:  # orbax and tensorstore raise many types over damaged files
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise WeightsError(f"{best / str(epochs[0])} can't be read: {line}") from None
+    raise ValueError(f"{best / str(epochs[0])} can't be read: {line}") from None
   arrays = {key: np.asarray(x) for key, x in flatten_dict(weights["params"], sep="/").items()}
   data = config.get("data", {})
   own = {
@@ -44,28 +45,28 @@ def open_workdir(folder: Path) -> Source:
     },
   }
   own["fields"]["num_classes"] = len(dataset["class_names"])
-  return Source(str(folder), {k: x.shape for k, x in arrays.items()}, arrays.__getitem__, {}, own)
+  return arrays, own
 
 
-def _restore(path: Path) -> dict[str, Any]:
+def _restore(path: epath.Path) -> dict[str, Any]:
   """A checkpoint's arrays as NumPy's, whatever devices saved them."""
   logger = logging.getLogger("absl")
   level = logger.level
   logger.setLevel(logging.ERROR)  # orbax warns that it sees a part of a larger checkpoint
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
-      tree = checkpointer.metadata(path.absolute()).item_metadata.tree
+      tree = checkpointer.metadata(path).item_metadata.tree
       each = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
       arguments = ocp.args.PyTreeRestore(restore_args=each)
-      weights: dict[str, Any] = checkpointer.restore(path.absolute(), arguments)
+      weights: dict[str, Any] = checkpointer.restore(path, arguments)
       return weights
   finally:
     logger.setLevel(level)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: epath.Path) -> dict[str, Any]:
   try:
     content: dict[str, Any] = json.loads(path.read_text())
   except (OSError, ValueError) as error:
-    raise WeightsError(f"{path} can't be read: {error}") from None
+    raise ValueError(f"{path} can't be read: {error}") from None
   return content

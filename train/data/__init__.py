@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from train.data import folder, prepared
 from train.data.complaints import complaints
 from train.data.default_splits import USUAL, choose, explain, names_in
+from train.data.framing import Framing
 from train.data.names import FOLDER
 from train.data.splits import (
   AnySplit,
@@ -187,13 +188,13 @@ def _look(source, data_config, splits, processes, image_size, sharers=1) -> None
   """Looks at the images of a folder that are in use, and keeps them if they will be in memory."""
   if not isinstance(source, folder.Folder):
     return
-  shape = None
+  shape, framing = None, Framing.of(data_config)
   if image_size is not None:
-    shape = (image_size, image_size, source.image_shape[-1])
+    shape = framing.shape_in_memory(source.image_shape, image_size)
     names = {name for instruction in splits.values() for name in names_in(instruction)}
     if not _fits(sum(map(source.size, names)), shape, data_config, sharers):
       shape = None
-  source.look(list(splits.values()), processes, shape)
+  source.look(list(splits.values()), processes, shape, framing)
 
 
 def _describe(source, data_config, splits) -> DatasetInfo:
@@ -263,8 +264,7 @@ def load(
 
   Args:
     data_config: `config.data`.
-    image_size: height and width in pixels to which images of differing sizes are resized; if all
-      have one size, they keep it.
+    image_size: side of the model's input in pixels; `Framing.shape_in_memory` says what follows.
     splits: which of "train", "validation" and "test" to open; nothing else is looked at.
     sharers: processes that open it on this host at the same time, and share memory and cores.
     class_names: a run's classes, to which the dataset's are joined by name; labels are their
@@ -281,12 +281,14 @@ def load(
   else:
     names, own = tuple(class_names), _own_names(source, used)
   info = DatasetInfo(data_config.name, names, source.image_shape, {})
-  shape = info.shape_in_memory(image_size)
+  framing = Framing.of(data_config)
+  shape = framing.shape_in_memory(info.image_shape, image_size)
   workers = data_config.workers or max(1, min(cores() // 2, _MAX_WORKERS // sharers))
   streamed = {}
   for split, records in _records(source, data_config, used, own).items():
     said = f"{data_config.name}: {split}_split = {used[split]!r}"
-    streamed[split] = StreamedSplit(records, shape, workers, join_classes(said, own, names))
+    classes = join_classes(said, own, names)
+    streamed[split] = StreamedSplit(records, shape, workers, classes, framing)
   kept = source.kept if isinstance(source, folder.Folder) else {}
   kept_bytes = sum(image.nbytes for image in kept.values())
   if _fits(sum(map(len, streamed.values())), shape, data_config, sharers, kept_bytes):

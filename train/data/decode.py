@@ -27,6 +27,7 @@ from PIL import (
 )
 
 from train.data.complaints import complaints
+from train.data.framing import CENTER, Framing
 
 MAX_PIXELS = 2**28  # of a file's image; a small file can claim more and exhaust the memory
 
@@ -36,6 +37,7 @@ _FLAGS = {  # for cv2.imdecode, by number of channels; as in TFDS, photos are no
   3: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
   4: cv2.IMREAD_UNCHANGED,
 }
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _TO_RGBA = {1: cv2.COLOR_GRAY2RGBA, 3: cv2.COLOR_BGR2RGBA, 4: cv2.COLOR_BGRA2RGBA}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,23 +70,22 @@ for _category in (UserWarning, Image.DecompressionBombWarning):
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors reach the terminal
 
 
-def decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-  """Decodes a PNG or JPEG to uint8 of `shape` [H, W, C], resized if its size differs.
+def decode(encoded: bytes, shape: tuple[int, int, int], framing: Framing = CENTER) -> np.ndarray:
+  """Decodes a PNG or JPEG to uint8 of `shape` [H, W, C], cut and resized if its size differs.
 
   With OpenCV, which is faster than Pillow on small images.
 
   Raises:
     ValueError: the image is damaged.
   """
-  height, width, channels = shape
+  channels = shape[2]
   image = cv2.imdecode(np.frombuffer(encoded, np.uint8), _FLAGS[channels])
   if image is None:
     raise ValueError("an image is damaged")
   if channels == 4:  # IMREAD_UNCHANGED gives grey, BGR or BGRA
     image = cv2.cvtColor(image, _TO_RGBA[image.shape[2] if image.ndim == 3 else 1])
-  if image.shape[:2] != (height, width):
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    image = np.asarray(resized)
+  if image.shape[:2] != shape[:2]:
+    image = np.asarray(resize(Image.fromarray(image), shape, framing))
   return image.reshape(shape)
 
 
@@ -94,6 +95,7 @@ def decode_file(
   *,
   background: str,
   upright: bool,
+  framing: Framing = CENTER,
   name: str = "a TIFF file",
 ) -> np.ndarray:
   """Decodes a PNG, JPEG, WebP, BMP, GIF or TIFF file of any mode; of an animation, the first frame.
@@ -102,7 +104,7 @@ def decode_file(
 
   Args:
     encoded: the file's content.
-    shape: H, W and C; an image of another size is resized.
+    shape: H, W and C; an image of another size is cut and resized as `framing` says.
     background: colour on which transparent pixels are composed, if C is 1 or 3; a name or #rrggbb.
     upright: turn photos as their EXIF says, and convert embedded colour profiles to sRGB. False:
       neither, like `decode`, for comparison with TFDS's sets.
@@ -112,7 +114,7 @@ def decode_file(
   Raises:
     ValueError: the file is no such image, is damaged, or has more than MAX_PIXELS.
   """
-  height, width, channels = shape
+  channels = shape[2]
   try:
     is_tiff = encoded.startswith((b"II", b"MM"))
     with complaints.counted(name) if is_tiff else contextlib.nullcontext():
@@ -122,10 +124,17 @@ def decode_file(
   except Exception as error:  # Pillow's decoders raise errors of any type
     text = str(error).strip() or type(error).__name__
     raise ValueError(text.splitlines()[0]) from error
-  image = image.convert(PIL_MODES[channels])
-  if image.size != (width, height):
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+  image = resize(image.convert(PIL_MODES[channels]), shape, framing)
   return np.asarray(image).reshape(shape)
+
+
+def resize(image: Image.Image, shape: tuple[int, int, int], framing: Framing) -> Image.Image:
+  """Gives an image the height and width of `shape` [H, W, C], with Pillow's antialiasing."""
+  height, width, _ = shape
+  if image.size == (width, height):
+    return image
+  box = framing.source(image.height, image.width, height, width)
+  return image.resize((width, height), _FILTERS[framing.interpolation], box)
 
 
 def _load(encoded: bytes, background: str, upright: bool, keep_alpha: bool) -> Image.Image:

@@ -14,6 +14,7 @@ from train.data import listing, verdicts
 from train.data.complaints import complaints
 from train.data.decode import decode_file
 from train.data.default_splits import FEW, KNOWN, names_in
+from train.data.framing import CENTER, Framing
 from train.data.listing import Contents
 from train.data.verdicts import ALONE, Processes
 from train.errors import DataError
@@ -34,13 +35,13 @@ class Records:
     paths: Sequence[str],
     labels: Sequence[int],
     background: str = "white",
-    kept: dict[str, np.ndarray] | None = None,
+    kept: dict[tuple[str, Framing], np.ndarray] | None = None,
   ):
     """
     Args:
       paths, labels: of the images.
       background: on which transparent pixels are composed.
-      kept: images that are decoded already, by path; each is taken out when it is read.
+      kept: images that are decoded already, by path and framing; each is taken out when it is read.
     """
     self._paths, self._labels, self._background = paths, labels, background
     self._kept = {} if kept is None else kept
@@ -52,14 +53,14 @@ class Records:
     return vars(self) | {"_kept": {}}
 
   def read(
-    self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int, int]
+    self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int, int], framing: Framing
   ) -> Iterator[tuple[np.ndarray, int]]:
     """Yields image (uint8 of `shape`, H, W and C) and label of some rows."""
     for row in rows:
       path = self._paths[row]
-      image = self._kept.pop(path, None)
+      image = self._kept.pop((path, framing), None)
       if image is None or image.shape != shape:
-        image = _decode(path, shape, self._background)
+        image = _decode(path, shape, self._background, framing)
       yield image, self._labels[row]
 
   def labels(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -101,7 +102,7 @@ class Folder:
       self._read: dict[str, Contents] = _hash_splits(path) if self.is_flat else {}
     self._ordered: dict[str, list[tuple[str, str, str]]] = {}  # hash, path and class of each image
     self._seen: set[str] = set()  # splits whose images were looked at
-    self.kept: dict[str, np.ndarray] = {}  # images decoded by `look`, by path
+    self.kept: dict[tuple[str, Framing], np.ndarray] = {}  # images decoded by `look`
 
   @property
   def names(self) -> list[str]:
@@ -156,13 +157,14 @@ class Folder:
     instructions: Sequence[str],
     processes: Processes = ALONE,
     shape: tuple[int, int, int] | None = None,
+    framing: Framing = CENTER,
   ) -> None:
     """Looks at every image of the splits in use, those seen before excepted.
 
     Args:
       instructions: in TFDS's notation.
       processes: those that open the folder together; each looks at its part of the images.
-      shape: H, W and C of the images to keep for `Records.read`; None: keep none.
+      shape, framing: of the images to keep for `Records.read`; None: keep none.
     Raises:
       DataError: there are broken images, which should not be skipped.
     """
@@ -170,9 +172,9 @@ class Folder:
     files = [f for name in names for found in self._contents(name).classes.values() for f in found]
 
     def decode(path: str) -> None:
-      image = _decode(path, shape or (1, 1, 3), self._background)
+      image = _decode(path, shape or (1, 1, 3), self._background, framing)
       if shape:
-        self.kept[path] = image
+        self.kept[path, framing] = image
 
     silent = verdicts.SILENT_SECONDS - self._busy
     broken = verdicts.look(self._path, files, decode, processes, silent)
@@ -280,9 +282,13 @@ def _hash(key: str) -> str:
   return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _decode(path: str, shape: tuple[int, int, int], background: str) -> np.ndarray:
+def _decode(
+  path: str, shape: tuple[int, int, int], background: str, framing: Framing
+) -> np.ndarray:
   encoded = Path(path).read_bytes()
-  return decode_file(encoded, shape, background=background, upright=True, name=path)
+  return decode_file(
+    encoded, shape, background=background, upright=True, framing=framing, name=path
+  )
 
 
 def _report(path: Path, broken: dict[str, str], skipped: bool) -> None:

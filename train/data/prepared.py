@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from train.data import names
 from train.data.decode import decode
+from train.data.framing import Framing
 from train.errors import DataError, UnreachableError, first_line
 
 _NOTHING_DELETED = (
@@ -42,11 +43,10 @@ class TfdsSet:
   """
 
   def __init__(self, builder, splits):
-    self._splits = splits
-    self.folder = Path(builder.data_path)
+    self._splits, self.folder = splits, Path(builder.data_path)
     self.class_names = _class_names(builder)
-    height, width, channels = builder.info.features["image"].shape
-    self.image_shape = (height, width, channels or 3)
+    *size, channels = builder.info.features["image"].shape
+    self.image_shape = (*size, channels or 3)
     self.sizes = {name: split.num_examples for name, split in self._splits.items()}
     self.names = self.usual_names = list(self.sizes)
 
@@ -104,12 +104,12 @@ class Records:
     return {key: value for key, value in vars(self).items() if key != "_source"}
 
   def read(
-    self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int, int]
+    self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int, int], framing: Framing
   ) -> Iterator[tuple[np.ndarray, int]]:
     """Yields image (uint8 of `shape`, H, W and C) and label of some rows."""
     for feature in self._features(rows):
       label = feature["label"].int64_list.value[0]
-      yield decode(feature["image"].bytes_list.value[0], shape), label
+      yield decode(feature["image"].bytes_list.value[0], shape, framing), label
 
   def labels(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     """Labels of some rows, int64, without a look at the images."""

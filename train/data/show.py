@@ -5,6 +5,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from train.data import load, resolve
+from train.data.decode import resize
+from train.data.framing import Framing
 from train.errors import printable
 
 
@@ -30,7 +32,7 @@ def draw_samples(config: ConfigDict, output: str) -> None:
   dataset = load(data_config, size, splits=("validation",))
   validation = dataset["validation"]
   images, labels = validation[np.arange(min(32, len(validation)))]
-  resized = Image.fromarray(images[0].squeeze()).resize((size, size), Image.Resampling.BILINEAR)
+  seen = _as_seen(images[0], Framing.of(data_config), size)
   names = [dataset.class_names[label].replace("_", " ") for label in labels]
 
   figure = plt.figure(figsize=(15, 5.6), layout="constrained")
@@ -48,11 +50,18 @@ def draw_samples(config: ConfigDict, output: str) -> None:
     parse_math=False,
   )
   axes = right.subplots()
-  axes.imshow(_cut_in_patches(np.asarray(resized), patch), cmap="gray", vmin=0, vmax=255)
+  axes.imshow(_cut_in_patches(seen, patch), cmap="gray", vmin=0, vmax=255)
   for axes in figure.axes:
     axes.axis("off")
   figure.savefig(output, dpi=120)
   plt.close(figure)
+
+
+def _as_seen(image, framing, size):
+  """The part of an image [H, W, C] that the model sees, resized to [size, size(, C)]."""
+  top, left, height, width = framing.seen(*image.shape[:2])
+  part = Image.fromarray(image[top : top + height, left : left + width].squeeze())
+  return np.asarray(resize(part, (size, size, image.shape[2]), framing))
 
 
 def _cut_in_patches(image, patch):

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from train.data.complaints import complaints
+from train.data.framing import CENTER, Framing
 from train.errors import DataError, first_line
 
 
@@ -24,11 +25,6 @@ class DatasetInfo:
   @property
   def num_classes(self) -> int:
     return len(self.class_names)
-
-  def shape_in_memory(self, image_size: int) -> tuple[int, int, int]:
-    """H, W and C of the images once read: resized to `image_size` if their sizes differ."""
-    height, width, channels = self.image_shape
-    return height or image_size, width or image_size, channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Records(Protocol):
   def __len__(self) -> int: ...
 
   def read(
-    self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int, int]
+    self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int, int], framing: Framing
   ) -> Iterable[tuple[np.ndarray, int]]:
     """Image (uint8 of `shape`, H, W and C) and label of some rows."""
 
@@ -115,9 +111,10 @@ class StreamedSplit:
   """Images on disk, read and decoded on demand; otherwise like a `Split`."""
 
   records: Records
-  shape: tuple[int, int, int]  # H, W and C; images of other sizes are resized
+  shape: tuple[int, int, int]  # H, W and C; images of other sizes are cut and resized
   workers: int  # processes that read ahead
   classes: Classes | None = None  # None: labels stay as they are
+  framing: Framing = CENTER
 
   def __len__(self) -> int:
     return len(self.records)
@@ -155,7 +152,7 @@ class StreamedSplit:
     counted = contextlib.nullcontext() if silent else complaints.counted(self.records.file(rows[0]))
     try:
       with counted:
-        for i, (image, label) in enumerate(self.records.read(rows, self.shape)):
+        for i, (image, label) in enumerate(self.records.read(rows, self.shape, self.framing)):
           images[i], found[i] = image, label
     except Exception as error:
       if len(rows) > 1:  # find the damaged one, to name it

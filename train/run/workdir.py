@@ -191,6 +191,8 @@ def _names(folder: epath.Path) -> list[str]:
 def read_config(workdir: epath.Path) -> ConfigDict:
   """The config of the run in `workdir`; knobs that are newer than the run have their defaults.
 
+  But runs of mlp_models 0.3 and before have squashed all images to squares.
+
   Raises:
     WorkdirError: the folder holds no run, or a damaged one.
   """
@@ -199,8 +201,10 @@ def read_config(workdir: epath.Path) -> ConfigDict:
   content = _read(path)
   try:
     config.update(content)
+    if "crop_mode" not in content["data"]:
+      config.data.crop_mode = "squash"
     mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
-  except (AttributeError, TypeError, ValueError) as error:  # no object, or of other types
+  except (AttributeError, KeyError, TypeError, ValueError) as error:  # no object, or of other types
     raise WorkdirError(f"{path} is damaged: {first_line(error)}") from error
   return config
 
