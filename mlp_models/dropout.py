@@ -67,6 +67,23 @@ def layer_seeds(layer: nn.Module) -> Array | None:
   return hash32(seeds_B ^ jnp.uint32(zlib.crc32("/".join(layer.path).encode())))
 
 
+def continue_at(module: nn.Module, calls: Array) -> None:
+  """Makes the masks of a module's layers those of layers that were called `calls` times before.
+
+  For the body of a loop, which is traced once.
+
+  Args:
+    module: whose layers have not been called in the body.
+    calls: int32 [].
+  """
+  assert module.scope is not None
+  if _STREAM in module.scope.rngs:
+    seeds_B = module.scope.rngs[_STREAM].rng
+    again_B = hash32(seeds_B ^ calls.astype(jnp.uint32))
+    module.scope.rngs |= stream(jnp.where(calls > 0, again_B, seeds_B))
+    module.scope.rng_counters = dict.fromkeys(module.scope.rngs, 0)  # of layers inside, too
+
+
 class Dropout(nn.Module):
   """Sets a share `rate` of each example's elements [B, ...] to zero, scales the rest by 1/(1-rate).
 

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mlp_models import attention, fnet, gmlp, layers, mixer, perceiver, vit
+from mlp_models import attention, fnet, gmlp, layers, mixer, perceiver, perceiver_io, vit
 
 _Variants = dict[str, tuple[type[nn.Module], Mapping[str, Any]]]
 
@@ -22,7 +22,8 @@ _MODELS: dict[str, _Variants] = {
   "mixer": _variants_of(mixer.Mixer, mixer.VARIANTS),
   "fnet": _variants_of(fnet.FNet, fnet.VARIANTS),
   "gmlp": _variants_of(gmlp.GMLP, gmlp.VARIANTS),
-  "perceiver": _variants_of(perceiver.Perceiver, perceiver.VARIANTS),
+  "perceiver": _variants_of(perceiver.Perceiver, perceiver.VARIANTS)
+  | _variants_of(perceiver_io.PerceiverIO, perceiver_io.VARIANTS),
   "vit": _variants_of(vit.ViT, vit.VARIANTS),
 }
 MODELS = tuple(_MODELS)
@@ -42,6 +43,8 @@ _CHOICES = {  # of fields that are words
   "gelu": layers.GELUS,
   "head_init": layers.HEAD_INITS,
   "spatial_init": gmlp.SPATIAL_INITS,
+  "preprocessing": perceiver_io.PREPROCESSINGS,
+  "readout": perceiver_io.READOUTS,
 }
 
 
