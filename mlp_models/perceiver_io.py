@@ -13,38 +13,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
 from mlp_models import dropout, kernels, layers
+from mlp_models.perceiver_tokens import make_tokens, small_normal
 
-PREPROCESSINGS = ("learned", "fourier", "conv")
 READOUTS = ("mean", "decoder")
 
 KeysAndValues = tuple[Array, Array]  # [B, N, S, K] and [B, N, S, V]
-
-_small_normal = nn.initializers.truncated_normal(0.02)
-
-
-def fourier_features(shape: tuple[int, int], bands: int, max_resolution: int) -> np.ndarray:
-  """Positions in a grid, and their sines and cosines (arXiv:2103.03206, section 3.2).
-
-  Args:
-    shape: rows and columns of the grid.
-    bands: frequencies, from 1 to max_resolution / 2, at equal distances.
-    max_resolution: pixels a side that the highest frequency tells apart.
-  Returns:
-    float32 [rows * columns, 2 * (2 * bands + 1)]: row and column, from -1 to 1; sin(pi f row), then
-    sin(pi f column) for all frequencies f; the cosines likewise.
-  """
-  axes = [np.linspace(-1, 1, size, dtype=np.float32) for size in shape]
-  positions_Tx2 = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-  frequencies = np.linspace(1, max_resolution / 2, bands, dtype=np.float32)
-  angles_TxF = np.float32(np.pi) * (positions_Tx2[..., None] * frequencies).reshape(
-    len(positions_Tx2), -1
-  )
-  return np.concatenate([positions_Tx2, np.sin(angles_TxF), np.cos(angles_TxF)], axis=-1)
 
 
 class MLP(nn.Module):
@@ -164,7 +141,7 @@ class LatentBlocks(nn.Module):
 
   num_blocks: int
   drop_path_rate: float
-  block: Callable[..., Block]
+  block: Callable[..., nn.Module]
 
   @nn.compact
   def __call__(self, x_BxLxD: Array) -> Array:
@@ -177,7 +154,7 @@ class Iteration(nn.Module):
   """The latent blocks and, where there is one, the cross-attention that follows them."""
 
   latent: LatentBlocks
-  cross: Block | None
+  cross: nn.Module | None
 
   def __call__(
     self, x_BxLxD: Array, iteration: Array, keys_and_values: KeysAndValues | None
@@ -194,7 +171,7 @@ class Iteration(nn.Module):
 def repeat(
   iterations: range,
   latent: LatentBlocks,
-  cross: Block | None,
+  cross: nn.Module | None,
   x_BxLxD: Array,
   keys_and_values: KeysAndValues | None,
 ) -> Array:
@@ -226,10 +203,8 @@ def repeat(
 class PerceiverIO(nn.Module):
   """DeepMind's Perceivers: images [B, H, W, C] -> float32 logits [B, num_classes].
 
-  `preprocessing` says what makes tokens of an image: "learned", a dense layer on each pixel, beside
-  a projection of learned positions; "fourier", the pixels beside `fourier_features`; "conv", a
-  convolution and pooling to a quarter of the size, beside `fourier_features`. With "fourier" and
-  "conv" images may have any size.
+  `preprocessing` says what makes tokens of an image: see `make_tokens`. With "fourier" and "conv"
+  images may have any size.
 
   `readout` says what the head reads: "mean", the mean of the latents, or "decoder", what a learned
   query finds in them by cross-attention with one head.
@@ -238,8 +213,6 @@ class PerceiverIO(nn.Module):
   latent blocks. The latent blocks share their weights, and so do all cross-attentions but the
   first. Channels that are None: queries and keys of the latents have `width`, those of
   cross-attention have a token's, and its values have as many as its keys.
-
-  The convolution is followed by batch norm with fixed statistics: a scale and a bias per channel.
   """
 
   image_size: int = 224
@@ -292,7 +265,15 @@ class PerceiverIO(nn.Module):
     self, images_BxHxWxC: Array, train: bool = False, positions: Array | None = None
   ) -> Array:
     dropout.start(self, images_BxHxWxC.shape[0], positions, train)
-    data_BxTxC = _tokens(self, images_BxHxWxC)
+    data_BxTxC = make_tokens(
+      images_BxHxWxC,
+      self.preprocessing,
+      self.image_size,
+      self.embed_channels,
+      self.num_bands,
+      self.max_resolution,
+      self.dtype,
+    )
     block = functools.partial(
       layers.remat(Block, self.remat),
       width=self.width,
@@ -322,7 +303,7 @@ class PerceiverIO(nn.Module):
       ),
       name="latent",
     )
-    latents_LxD = self.param("latents", _small_normal, (self.num_latents, self.width))
+    latents_LxD = self.param("latents", small_normal, (self.num_latents, self.width))
     x_BxLxD = latents_LxD[None].astype(self.dtype)
 
     cross0 = cross(name="cross0")
@@ -337,52 +318,9 @@ class PerceiverIO(nn.Module):
     if self.readout == "mean":
       return layers.mean_head(x_BxLxD, self.num_classes, self.dropout_rate, self.head_init)
     decoder = block(num_heads=1, qk_channels=self.width, v_channels=self.width, name="decoder")
-    query_1xD = nn.Embed(1, self.width, embedding_init=_small_normal, name="query").embedding
+    query_1xD = nn.Embed(1, self.width, embedding_init=small_normal, name="query").embedding
     x_Bx1xD = decoder(query_1xD[None].astype(self.dtype), decoder.keys_and_values(x_BxLxD))
     return layers.head(x_Bx1xD[:, 0], self.num_classes, self.head_init)
-
-
-def _tokens(model: PerceiverIO, images_BxHxWxC: Array) -> Array:
-  """What the model's `preprocessing` makes of images: [B, T, C] in its dtype."""
-  size, shape, channels = model.image_size, images_BxHxWxC.shape, model.embed_channels
-  if len(shape) != 4 or (model.preprocessing == "learned" and shape[1:3] != (size, size)):
-    raise ValueError(f"images have shape {shape}, the model takes [B, {size}, {size}, C]")
-  if not jnp.issubdtype(images_BxHxWxC.dtype, jnp.floating):
-    raise ValueError(f"images are {images_BxHxWxC.dtype}, the model takes preprocessed floats")
-  x_BxHxWxC = images_BxHxWxC.astype(model.dtype)
-  if model.preprocessing == "learned":
-    x_BxHxWxC = layers.Dense(channels, dtype=model.dtype, name="pixel_embed")(x_BxHxWxC)
-    embed = nn.Embed(size * size, channels, embedding_init=_small_normal, name="position")
-    project = layers.Dense(channels, dtype=model.dtype, name="position_projection")
-    positions_TxC = project(embed.embedding)
-  else:
-    if model.preprocessing == "conv":
-      x_BxHxWxC = _quarter_size(x_BxHxWxC, channels, model.dtype)
-    positions_TxC = fourier_features(x_BxHxWxC.shape[1:3], model.num_bands, model.max_resolution)
-  x_BxTxC = x_BxHxWxC.reshape(shape[0], -1, x_BxHxWxC.shape[-1])
-  positions_BxTxC = jnp.broadcast_to(
-    jnp.asarray(positions_TxC, model.dtype), (shape[0], *positions_TxC.shape)
-  )
-  return jnp.concatenate([x_BxTxC, positions_BxTxC], axis=-1)
-
-
-class ChannelScale(nn.Module):
-  """A scale and a bias per channel, in float32: batch norm with fixed statistics."""
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    scale_C = self.param("scale", nn.initializers.ones, x.shape[-1:])
-    bias_C = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    return (x * scale_C + bias_C).astype(x.dtype)
-
-
-def _quarter_size(x_BxHxWxC: Array, channels: int, dtype: DTypeLike) -> Array:
-  """A convolution of 7 x 7 pixels and a maximum of 3 x 3, each with stride 2."""
-  conv = nn.Conv(
-    channels, (7, 7), strides=2, padding=3, use_bias=False, dtype=dtype, name="conv_embed"
-  )
-  x_BxHxWxC = nn.relu(ChannelScale(name="conv_norm")(conv(x_BxHxWxC)))
-  return nn.max_pool(x_BxHxWxC, (3, 3), strides=(2, 2))
 
 
 # By name: the fields that differ from the defaults.

@@ -9,7 +9,17 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mlp_models import attention, fnet, gmlp, layers, mixer, perceiver, perceiver_io, vit
+from mlp_models import (
+  attention,
+  fnet,
+  gmlp,
+  layers,
+  mixer,
+  perceiver,
+  perceiver_io,
+  perceiver_tokens,
+  vit,
+)
 
 _Variants = dict[str, tuple[type[nn.Module], Mapping[str, Any]]]
 
@@ -43,7 +53,7 @@ _CHOICES = {  # of fields that are words
   "gelu": layers.GELUS,
   "head_init": layers.HEAD_INITS,
   "spatial_init": gmlp.SPATIAL_INITS,
-  "preprocessing": perceiver_io.PREPROCESSINGS,
+  "preprocessing": perceiver_tokens.PREPROCESSINGS,
   "readout": perceiver_io.READOUTS,
 }
 

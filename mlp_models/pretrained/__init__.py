@@ -177,6 +177,11 @@ def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
   try:
     fields = layout.fields(shapes, opened.config)
     rules = layout.rules(fields, shapes)
+    by_full_name = {
+      full[rule.theirs]: rule._replace(beside=tuple(full[name] for name in rule.beside))
+      for rule in rules
+      if rule.theirs in full
+    }
   except (IndexError, KeyError, TypeError, ValueError) as error:
     reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
     raise WeightsError(f"{opened.said}, in the names of {layout.project}: {reason}") from None
@@ -189,7 +194,7 @@ def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
     project=layout.project,
     lacks=layout.lacks,
   )
-  return found, {full[rule.theirs]: rule for rule in rules if rule.theirs in full}
+  return found, by_full_name
 
 
 def _describe_own(own: Mapping[str, Any], said: str) -> Found:
@@ -209,9 +214,9 @@ def _read(opened: Source, rules: Mapping[str, Rule] | None) -> dict[str, np.ndar
     return {name: _float32(opened.read(name)) for name in opened.shapes}
   arrays: dict[str, np.ndarray] = {}
   for name, rule in rules.items():
-    x = _float32(opened.read(name))
+    x, *beside = (_float32(opened.read(each)) for each in (name, *rule.beside))
     try:
-      arrays |= zip(rule.ours, rule.to_ours(x), strict=True)
+      arrays |= zip(rule.ours, rule.to_ours(x, *beside), strict=True)
     except ValueError as error:
       raise WeightsError(f"{opened.said}: {name} has the shape {x.shape}: {error}") from None
   return arrays

@@ -22,8 +22,9 @@ class Rule(NamedTuple):
   ours: tuple[
     str, ...
   ]  # paths such as "block0/norm1/scale"; several for query, key and value in one
-  to_ours: Callable[[np.ndarray], Sequence[np.ndarray]]
+  to_ours: Callable[..., Sequence[np.ndarray]]  # from theirs, and those beside it
   to_theirs: Callable[[Sequence[np.ndarray]], np.ndarray]
+  beside: tuple[str, ...] = ()  # names of others of their arrays that `to_ours` needs
 
 
 class Layout(NamedTuple):
@@ -145,7 +146,8 @@ def apply(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[str, 
   """Our parameters by path, from their arrays. Raises KeyError if one of theirs is missing."""
   params: dict[str, np.ndarray] = {}
   for rule in rules:
-    params.update(zip(rule.ours, rule.to_ours(arrays[rule.theirs]), strict=True))
+    theirs = (arrays[name] for name in (rule.theirs, *rule.beside))
+    params.update(zip(rule.ours, rule.to_ours(*theirs), strict=True))
   return params
 
 
