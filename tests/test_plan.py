@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import mlp_models
 from configs import mixer, perceiver, vit
 from launch import plan
 from train import cost, data
@@ -172,10 +173,10 @@ def test_flops_of_what_remat_computes_again_are_counted_on_demand():
 def test_the_papers_perceiver_has_its_sizes(tmp_path):
   config = perceiver.get_config("imagenet")
   config.data.data_dir = str(tmp_path)
-  model = config.model
-  assert (model.image_size // model.patch_size) ** 2 == 50_176
-  assert (model.num_latents, model.width) == (512, 1024)
-  assert (model.num_iterations, model.num_blocks, config.batch_size) == (8, 6, 1024)
+  model = mlp_models.create(**config.model)
+  assert (model.image_size**2, model.preprocessing, config.batch_size) == (50_176, "fourier", 1024)
+  assert (model.num_latents, model.width, model.num_heads) == (512, 1024, 8)
+  assert (model.num_iterations, model.num_cross_attends, model.num_blocks) == (8, 8, 6)
   info = data.foresee(config.data)
   assert (info.num_classes, info.image_shape) == (1000, (None, None, 3))
   assert info.sizes == {"train": 1_268_355, "validation": 12_812, "test": 50_000}

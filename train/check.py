@@ -133,9 +133,9 @@ def check_memory(config: ConfigDict, mesh: Mesh) -> None:
 def _parameters(config: ConfigDict) -> int:
   """Parameters of the model, as if for one class."""
 
-  def count(num_blocks: int) -> int:
-    sizes = config.model.to_dict() | {"num_blocks": num_blocks, "num_classes": 1}
-    if "num_iterations" in sizes:  # they share their weights
+  def count(**overrides: int) -> int:
+    sizes = config.model.to_dict() | {"num_classes": 1} | overrides
+    if "num_iterations" in sizes and "variant" not in sizes:  # they share their weights
       sizes["num_iterations"] = 1
     model = mlp_models.create(**sizes)
     size = config.model.image_size
@@ -145,8 +145,10 @@ def _parameters(config: ConfigDict) -> int:
 
     return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(init)))
 
-  one = count(1)
-  return one + (config.model.num_blocks - 1) * (count(2) - one)  # blocks are alike
+  if "num_blocks" not in config.model:  # a paper's variant has a few dozen
+    return count()
+  one = count(num_blocks=1)
+  return one + (config.model.num_blocks - 1) * (count(num_blocks=2) - one)  # blocks are alike
 
 
 def _get(config: ConfigDict, key: str) -> Any:
