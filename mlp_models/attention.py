@@ -94,7 +94,11 @@ def _into_heads(x_BxTxD: Array, kernel_DxNxK: Array, bias_NxK: Array) -> Array:
 
 
 def _softmax(x_BxTxD: Array, data_BxSxE: Array, weights: AttentionWeights) -> Array:
-  query_BxTxNxK = _into_heads(x_BxTxD, *weights.query).astype(jnp.float32)
-  key_BxSxNxK = _into_heads(data_BxSxE, *weights.key).astype(jnp.float32)
-  scores_BxNxTxS = jnp.einsum("btnk,bsnk->bnts", query_BxTxNxK, key_BxSxNxK)
-  return jax.nn.softmax(scores_BxNxTxS * query_BxTxNxK.shape[-1] ** -0.5)
+  return softmax(_into_heads(x_BxTxD, *weights.query), _into_heads(data_BxSxE, *weights.key))
+
+
+def softmax(query_BxTxNxK: Array, key_BxSxNxK: Array) -> Array:
+  """softmax(query @ key^T / sqrt(K)) in each head, float32 [B, N, T, S]."""
+  query_BxTxNxK = query_BxTxNxK.astype(jnp.float32) * query_BxTxNxK.shape[-1] ** -0.5
+  scores_BxNxTxS = jnp.einsum("btnk,bsnk->bnts", query_BxTxNxK, key_BxSxNxK.astype(jnp.float32))
+  return jax.nn.softmax(scores_BxNxTxS)

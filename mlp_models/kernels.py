@@ -155,7 +155,8 @@ def attention(
   else, and on other platforms, it is `attend`.
   """
   operands = query_BxTxNxK, key_BxSxNxK, value_BxSxNxK
-  if (seeds_B is None or rate == 0) and _fits_cudnn(query_BxTxNxK):
+  is_alike = value_BxSxNxK.shape == key_BxSxNxK.shape
+  if (seeds_B is None or rate == 0) and is_alike and _fits_cudnn(query_BxTxNxK):
     plain = functools.partial(_attend_heads, seeds_B=None, rate=rate)
     return _by_platform(*operands, cuda=_attend_fused, default=plain)
   return _attend_heads(*operands, seeds_B, rate)

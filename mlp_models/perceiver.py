@@ -4,12 +4,14 @@ As in the Keras example, and other than in the paper: learned position embedding
 features, the scores of the cross-attention scaled by one learned scalar, a skip from the
 *normalised* latents and a second one from the normalised attention output, every cross-attention
 sharing its weights (the paper's first has its own), and a head that ends in dropout.
+perceiver_io.py has the paper's model.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -43,7 +45,10 @@ class Scale(nn.Module):
 
 
 class CrossAttention(nn.Module):
-  """Lets the latents look at the data, with one head as wide as the model."""
+  """Lets the latents look at the data, with one head as wide as the model.
+
+  Records "weights" [B, 1, L, T], before dropout; "token_mixing", what they give, and "output".
+  """
 
   ffn_units: Sequence[int]
   dropout_rate: float
@@ -71,6 +76,9 @@ class CrossAttention(nn.Module):
     latents_BxLxD = self.norm_latents(latents_BxLxD)
     query_BxLxD = self.score(self.query(latents_BxLxD))
     query_BxLxD = jnp.broadcast_to(query_BxLxD, (key_BxTxD.shape[0], *query_BxLxD.shape[1:]))
+    if self.is_mutable_collection("intermediates"):
+      scores_BxLxT = jnp.einsum("bld,btd->blt", query_BxLxD, key_BxTxD).astype(jnp.float32)
+      layers.record(self, "weights", jax.nn.softmax(scores_BxLxT)[:, None])
     attended_Bx1xLxD = kernels.attend(
       query_BxLxD[:, None],
       key_BxTxD[:, None],
@@ -78,12 +86,16 @@ class CrossAttention(nn.Module):
       dropout.layer_seeds(self),
       self.attention_dropout_rate,
     )
-    x_BxLxD = self.norm_out(attended_Bx1xLxD[:, 0] + latents_BxLxD)
-    return x_BxLxD + self.ffn(x_BxLxD)
+    attended_BxLxD = layers.record(self, "token_mixing", attended_Bx1xLxD[:, 0])
+    x_BxLxD = self.norm_out(attended_BxLxD + latents_BxLxD)
+    return layers.record(self, "output", x_BxLxD + self.ffn(x_BxLxD))
 
 
 class LatentBlock(nn.Module):
-  """Self-attention of the latents, then an FFN, each on normalised input and around a residual."""
+  """Self-attention of the latents, then an FFN, each on normalised input and around a residual.
+
+  Records "token_mixing", the attention's result, and "output".
+  """
 
   num_heads: int
   ffn_units: Sequence[int]
@@ -100,9 +112,9 @@ class LatentBlock(nn.Module):
     ffn = FFN(self.ffn_units, self.dropout_rate, self.dtype, name="ffn")
 
     y_BxLxD = layers.LayerNorm(dtype=self.dtype, name="norm1")(x_BxLxD)
-    x_BxLxD = x_BxLxD + attention(y_BxLxD)
+    x_BxLxD = x_BxLxD + layers.record(self, "token_mixing", attention(y_BxLxD))
     y_BxLxD = layers.LayerNorm(dtype=self.dtype, name="norm2")(x_BxLxD)
-    return x_BxLxD + ffn(y_BxLxD)
+    return layers.record(self, "output", x_BxLxD + ffn(y_BxLxD))
 
 
 class LatentTransformer(nn.Module):
@@ -183,9 +195,11 @@ class Perceiver(nn.Module):
       latents_BxLxD = cross(latents_BxLxD, keys_BxTxD, values_BxTxD)
       latents_BxLxD = transformer(latents_BxLxD)
 
+    latents_BxD = latents_BxLxD.mean(axis=1, dtype=jnp.float32)
+    if not self.num_classes:
+      return latents_BxD
     head_units = (*self.ffn_units[:-1], self.num_classes)
-    head = FFN(head_units, self.dropout_rate, jnp.float32, name="head")
-    return head(latents_BxLxD.mean(axis=1, dtype=jnp.float32))
+    return FFN(head_units, self.dropout_rate, jnp.float32, name="head")(latents_BxD)
 
 
 # By name: the fields that differ from the defaults.

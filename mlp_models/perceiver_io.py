@@ -11,17 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
 from mlp_models import dropout, kernels, layers
+from mlp_models.attention import softmax
 from mlp_models.perceiver_tokens import make_tokens, small_normal
 
 READOUTS = ("mean", "decoder")
 
-KeysAndValues = tuple[Array, Array]  # [B, N, S, K] and [B, N, S, V]
+KeysAndValues = tuple[Array, Array]  # [B, S, N, K] and [B, S, N, V]
 
 
 class MLP(nn.Module):
@@ -64,26 +64,20 @@ class Attention(nn.Module):
 
   def __call__(self, x_BxTxD: Array, keys_and_values: KeysAndValues) -> Array:
     """The queries may have B = 1 where keys and values have more."""
-    key_BxNxSxK, value_BxNxSxV = keys_and_values
-    query_BxNxTxK = self._in_heads(self.query(x_BxTxD))
-    query_BxNxTxK = query_BxNxTxK * query_BxNxTxK.shape[-1] ** -0.5
-    query_BxNxTxK = jnp.broadcast_to(
-      query_BxNxTxK, (key_BxNxSxK.shape[0], *query_BxNxTxK.shape[1:])
-    )
+    key_BxSxNxK, value_BxSxNxV = keys_and_values
+    query_BxTxNxK = self._in_heads(self.query(x_BxTxD))
+    batch_size = key_BxSxNxK.shape[0]
+    query_BxTxNxK = jnp.broadcast_to(query_BxTxNxK, (batch_size, *query_BxTxNxK.shape[1:]))
     if self.is_mutable_collection("intermediates"):
-      scores_BxNxTxS = jnp.einsum(
-        "bntk,bnsk->bnts", query_BxNxTxK, key_BxNxSxK, preferred_element_type=jnp.float32
-      )
-      layers.record(self, "weights", jax.nn.softmax(scores_BxNxTxS))
+      layers.record(self, "weights", softmax(query_BxTxNxK, key_BxSxNxK))
     seeds_B = dropout.layer_seeds(self)
-    x_BxNxTxV = kernels.attend(
-      query_BxNxTxK, key_BxNxSxK, value_BxNxSxV, seeds_B, self.dropout_rate
+    x_BxTxNxV = kernels.attention(
+      query_BxTxNxK, key_BxSxNxK, value_BxSxNxV, seeds_B, self.dropout_rate
     )
-    x_BxTxNxV = x_BxNxTxV.swapaxes(1, 2)
     return self.out(x_BxTxNxV.reshape(*x_BxTxNxV.shape[:2], -1))
 
   def _in_heads(self, x_BxTxD: Array) -> Array:
-    return x_BxTxD.reshape(*x_BxTxD.shape[:2], self.num_heads, -1).swapaxes(1, 2)
+    return x_BxTxD.reshape(*x_BxTxD.shape[:2], self.num_heads, -1)
 
 
 class Block(nn.Module):

@@ -206,6 +206,34 @@ def test_no_classes_give_the_features_of_the_head():
   np.testing.assert_allclose(features @ head["kernel"] + head["bias"], evaluation(), rtol=1e-4)
 
 
+def test_keras_perceiver_has_features_and_intermediates_too():
+  model = mlp_models.create(
+    "perceiver",
+    image_size=8,
+    patch_size=4,
+    width=16,
+    num_latents=3,
+    num_blocks=1,
+    num_heads=2,
+    ffn_units=(12, 16),
+    num_classes=0,
+  )
+
+  @jax.jit
+  def features_and_intermediates(images):
+    params = model.init(jax.random.key(0), images)["params"]
+    return model.apply({"params": params}, images, mutable=["intermediates"])
+
+  features, variables = features_and_intermediates(images())
+  found = variables["intermediates"]
+  outputs = found["latent"]["block0"]["output"]
+  assert len(outputs) == len(found["cross"]["output"]) == model.num_iterations
+  np.testing.assert_allclose(features, outputs[-1].mean(axis=1), rtol=1e-5)
+  (weights, _) = found["cross"]["weights"]
+  assert weights.shape == (2, 1, 3, 4) and found["cross"]["token_mixing"][0].shape == (2, 3, 16)
+  np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+
+
 def test_bfloat16_is_float32_nearly():
   half = jax.jit(small(dtype="bfloat16").apply)({"params": params()}, images())
   assert half.dtype == jnp.float32
