@@ -274,8 +274,11 @@ def test_published_configs_of_fourier_models_mean_224_pixels(tmp_path):
   folder, config = golden_config()
   (tmp_path / "config.json").write_text(json.dumps(config | {"image_size": 56}))
   (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+  processor = {"image_mean": [0.5] * 3, "do_center_crop": True, "crop_size": 256, "size": 224}
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
   found = mlp_models.pretrained.describe(tmp_path)
   assert found.fields["image_size"] == 224
+  assert found.preprocessing.crop == 224 / 256
   assert (found.fields["num_iterations"], found.fields["num_heads"]) == (3, 4)
 
 

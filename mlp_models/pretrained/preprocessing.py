@@ -61,7 +61,8 @@ def _of_transformers(config: Mapping[str, Any], image_size: int) -> Preprocessin
   shorter = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
   if config.get("do_center_crop") and shorter:
     cut = config.get("crop_size") or image_size
-    crop = min(1.0, (cut.get("height", image_size) if isinstance(cut, dict) else cut) / shorter)
+    cut = cut.get("height", image_size) if isinstance(cut, dict) else cut
+    crop = min(cut, shorter) / max(cut, shorter)  # Perceiver cuts first, and has the two swapped
   return Preprocessing(
     image_size,
     tuple(config["image_mean"]),
