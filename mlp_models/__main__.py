@@ -19,7 +19,7 @@ _SOURCES = {  # by model and variant; "": the model's other variants
   "gmlp": {"keras": _KERAS, "": "arXiv:2105.08050, table 1"},
   "perceiver": {
     "keras": _KERAS,
-    "paper": "arXiv:2103.03206, section 4.1",
+    "paper": "arXiv:2103.03206, sec. 4.1",
     "": "arXiv:2107.14795, table 7",
   },
   "vit": {
