@@ -18,6 +18,7 @@ from etils import epath
 import mlp_models
 from mlp_models.pretrained import describe
 from mlp_models.pretrained.positions import resample
+from train.data.framing import Framing
 from train.devices.mesh import make_mesh
 from train.run.checkpoint import load_trained_model
 from train.step import eval_logits
@@ -217,7 +218,8 @@ def test_a_workdir_gives_the_weights_of_its_best_epoch(finished_run, tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
   normalised = (images / 255 - preprocessing.mean) / preprocessing.std
   logits = model.apply({"params": params}, jnp.asarray(normalised, jnp.float32))
-  expected = eval_logits(trained.model, trained.weights, images)
+  framing = Framing.of(trained.config.data)
+  expected = eval_logits(trained.model, trained.weights, images, framing)
   np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 

@@ -39,6 +39,7 @@ class Found(NamedTuple):
   project: whose names the arrays have: "mlp_models", "timm", "transformers" or "npz".
   grid: (H, W) of the position embeddings in patches; None: square.
   lacks: prefixes of parameters that such weights lack, besides the head's.
+  notes: lines that say what was assumed.
   """
 
   name: str
@@ -48,6 +49,7 @@ class Found(NamedTuple):
   project: str
   grid: tuple[int, int] | None = None
   lacks: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     model = registry.create(self.name, **self.fields)
@@ -103,6 +105,8 @@ def load(
   opened = open_source(source)
   found, rules = _describe(opened)
   say(f"{opened.said}: {found}, in the names of {found.project}")
+  for note in found.notes:
+    say(note)
   names = tuple(class_names or ())
   if names and num_classes not in (None, len(names)):
     raise WeightsError(f"num_classes is {num_classes}, and there are {len(names)} class_names")
@@ -188,11 +192,13 @@ def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
   require_all_used(layout, rules, full, opened.said)
   found = Found(
     name=layout.family,
-    fields=fields,
+    fields={key: value for key, value in fields.items() if key not in ("grid", "notes")},
     class_names=_class_names(opened.config, fields["num_classes"]),
     preprocessing=_preprocessing.of(layout.project, opened.config, fields["image_size"]),
     project=layout.project,
+    grid=fields.get("grid"),
     lacks=layout.lacks,
+    notes=tuple(fields.get("notes", ())),
   )
   return found, by_full_name
 

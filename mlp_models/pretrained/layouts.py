@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from mlp_models.pretrained import fnet, gmlp, mixer, perceiver, vit
+from mlp_models.pretrained import fnet, gmlp, mixer, perceiver, vit, vit_npz
 from mlp_models.pretrained.rules import Layout, Rule
 from mlp_models.pretrained.sources import Source, WeightsError
 
@@ -12,6 +12,7 @@ LAYOUTS: tuple[Layout, ...] = (
   *gmlp.LAYOUTS,
   *fnet.LAYOUTS,
   *vit.LAYOUTS,
+  *vit_npz.LAYOUTS,
   *perceiver.LAYOUTS,
 )
 _NAMED = 3  # arrays that a message names at most

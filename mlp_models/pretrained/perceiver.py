@@ -1,7 +1,5 @@
 """Perceiver IO's models for images as transformers keeps them."""
 
-import warnings
-
 import numpy as np
 
 from mlp_models.pretrained.rules import (
@@ -37,9 +35,9 @@ _GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gel
 
 
 def _fields(shapes: Shapes, config: Config) -> Fields:
-  if missing := [key for key in _PUBLISHED if key not in config]:
-    values = ", ".join(f"{key} {_PUBLISHED[key]}" for key in missing)
-    warnings.warn(f"no config.json says {values}: taken from the published models", stacklevel=2)
+  missing = [key for key in _PUBLISHED if key not in config]
+  values = ", ".join(f"{key} {_PUBLISHED[key]}" for key in missing)
+  note = f"without a config.json: {values}, as in the published models"
   if not config.get("use_query_residual", True):
     raise ValueError("use_query_residual is False: the latents need their residual")
   if (gelu := config.get("hidden_act", "gelu")) not in _GELUS:
@@ -49,6 +47,7 @@ def _fields(shapes: Shapes, config: Config) -> Fields:
   block, cross = _BLOCK.format(0), f"{_CROSS}.attention.self"
   cross_qk_channels, token_width = shapes[f"{cross}.key.weight"]
   return _preprocessing(shapes, config, token_width) | {
+    "notes": [note] if missing else [],
     "num_latents": num_latents,
     "width": width,
     "num_iterations": known["num_blocks"],

@@ -31,7 +31,8 @@ class Layout(NamedTuple):
   """The names and shapes in which a project keeps the weights of a family.
 
   fields: (shapes, config) -> the fields of the model's class, image_size, patch_size and
-    num_classes (0 without a head) among them. A ValueError says what can't be told.
+    num_classes (0 without a head) among them; also "grid", the (H, W) of position embeddings that
+    are not square, and "notes", lines on what was assumed. A ValueError says what can't be told.
   rules: (fields, shapes) -> all arrays of such a file. For `save`, shapes are {}: the usual file.
   """
 

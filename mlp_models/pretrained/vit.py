@@ -1,14 +1,13 @@
-"""ViT in the names of timm, transformers, vision_transformer and big_vision.
+"""ViT in the names of timm and transformers; vit_npz.py has those of the JAX projects.
 
 timm: its class VisionTransformer with `Block`s, pooled by "token", "avg" or "map". transformers:
-ViTForImageClassification and ViTModel. npz: the files of google-research/vision_transformer and of
-google-research/big_vision. Layer scale, registers, norms of queries and keys and the like have
-arrays that no rule reads, so that such files are refused by the names of these arrays.
+ViTForImageClassification and ViTModel. Layer scale, registers, norms of queries and keys and the
+like have arrays that no rule reads, so that such files are refused by the names of these arrays.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,25 @@ from mlp_models.pretrained.rules import (
   norm,
   out_of_heads,
   reshaped,
-  same,
   square_side,
 )
 
-_QKV = ("query", "key", "value")
+QKV = ("query", "key", "value")
 
 
-def _fields(
-  patches: tuple[int, ...], num_positions: int, hidden: int, has_class_token: bool, **others: Any
+def vit_fields(
+  patches: tuple[int, ...],
+  num_positions: int,
+  hidden: int,
+  has_class_token: bool,
+  image_shape: Sequence[int] | None = None,
+  **others: Any,
 ) -> Fields:
   """The fields of a model without dropout.
 
   patches: the patch embedding's (D, P, P).
   num_positions: rows of the position embeddings, with or without one for the class token.
+  image_shape: (H, W) that a config says; None: square.
   others: fields, num_heads and pool among them.
   """
   width, patch_size, patch_width = patches
@@ -47,11 +51,16 @@ def _fields(
     raise ValueError(f"patches of {patch_size} x {patch_width} pixels are not square")
   if width % others["num_heads"]:
     raise ValueError(f"{others['num_heads']} heads do not divide the width {width}")
-  class_rows = int(has_class_token and not _is_square(num_positions))
-  side = square_side(num_positions - class_rows, "the position embedding")
-  sizes: Fields = {"image_size": side * patch_size, "patch_size": patch_size, "width": width}
-  sizes |= {"head_dim": width // others["num_heads"], "mlp_units": (hidden, width)}
   tokens = {"position": "learned", "class_token": has_class_token and others["pool"] != "cls"}
+  if image_shape and image_shape[0] != image_shape[1]:
+    grid = tuple(side // patch_size for side in image_shape)
+    tokens |= {"grid": grid, "image_size": min(grid) * patch_size}
+  else:
+    class_rows = int(has_class_token and not _is_square(num_positions))
+    side = square_side(num_positions - class_rows, "the position embedding")
+    tokens["image_size"] = side * patch_size
+  sizes: Fields = {"patch_size": patch_size, "width": width}
+  sizes |= {"head_dim": width // others["num_heads"], "mlp_units": (hidden, width)}
   rates = dict.fromkeys(("dropout_rate", "attention_dropout_rate", "head_dropout_rate"), 0.0)
   rest = {"head_units": (), "gelu_last": False, "attention_init": "papers", "head_init": "zeros"}
   return sizes | tokens | rates | rest | others
@@ -62,12 +71,15 @@ def _is_square(number: int) -> bool:
   return math.isqrt(number) ** 2 == number
 
 
-def _num_heads(width: int) -> int:
-  """By convention: 64 channels each; in models wider than L there are 16."""
-  return 16 if width > 1024 else max(1, width // 64)
+def _num_heads(width: int, known: int | None) -> tuple[int, list[str]]:
+  """The number of heads, and what to say if it is not known but a convention."""
+  if known:
+    return known, []
+  heads = 16 if width > 1024 else max(1, width // 64)  # models wider than L have 16
+  return heads, [f"without a config: num_heads {heads}, as is usual for width {width}"]
 
 
-def _tokens(fields: Fields, shapes: Shapes, cls: str, position: str | None) -> list[Rule]:
+def token_rules(fields: Fields, shapes: Shapes, cls: str, position: str | None) -> list[Rule]:
   """The class token and the position embeddings, if there are such."""
   width, path, rules = fields["width"], "position/embedding", []
   has_class_token = fields["class_token"] or fields["pool"] == "cls"
@@ -113,19 +125,31 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
     raise ValueError("norm_layer and pool_include_prefix are not supported")
   if more := [token for token in ("reg_token", "dist_token") if token in shapes]:
     raise ValueError(f"{more[0]} is not supported")
-  heads = [_TIMM_HEADS[word] for word in (name, *name.split("_")) if word in _TIMM_HEADS]
-  return _fields(
+  known = [_TIMM_HEADS[word] for word in (name, *name.split("_")) if word in _TIMM_HEADS]
+  num_heads, notes = _num_heads(width, args.get("num_heads") or next(iter(known), None))
+  return vit_fields(
     patches=(width, *patch),
     num_positions=shapes["pos_embed"][-2],
+    image_shape=_timm_image_shape(config),
     num_classes=shapes.get("head.weight", (0,))[0],
     num_blocks=count(shapes, "blocks.{}."),
-    num_heads=args.get("num_heads") or (heads or [_num_heads(width)])[0],
+    num_heads=num_heads,
+    notes=notes,
     hidden=shapes["blocks.0.mlp.fc1.weight"][0],
     pool=_timm_pool(shapes, args.get("global_pool") or config.get("global_pool")),
     has_class_token="cls_token" in shapes,
     gelu="tanh" if gelu == "gelu_tanh" else "exact",
     norm_epsilon=1e-6,
   )
+
+
+def _timm_image_shape(config: Config) -> Sequence[int] | None:
+  """(H, W) of the images; None if the config does not say."""
+  size = (config.get("model_args") or {}).get("img_size")
+  if isinstance(size, list | tuple):
+    return size
+  found = {**config, **(config.get("pretrained_cfg") or {})}
+  return None if size else (found.get("input_size") or [3, None])[1:] or None
 
 
 def _timm_pool(shapes: Shapes, global_pool: str | None) -> str:
@@ -148,12 +172,12 @@ def _timm_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
   norm_is_last = fields["pool"] == "mean_norm" or "fc_norm.weight" in shapes
   rules = [
     *conv_patches("patch_embed.proj", "patch_embed", fields["patch_size"]),
-    *_tokens(fields, shapes, "cls_token", "pos_embed"),
+    *token_rules(fields, shapes, "cls_token", "pos_embed"),
     *norm("fc_norm" if norm_is_last else "norm", "norm"),
   ]
   for i in range(fields["num_blocks"]):
     theirs, ours = f"blocks.{i}", f"block{i}"
-    qkv = [f"{ours}/attention/{part}" for part in _QKV]
+    qkv = [f"{ours}/attention/{part}" for part in QKV]
     rules += norm(f"{theirs}.norm1", f"{ours}/norm1")
     rules += into_heads(f"{theirs}.attn.qkv", qkv, heads)
     rules += out_of_heads(f"{theirs}.attn.proj", f"{ours}/attention/out", heads)
@@ -181,15 +205,18 @@ _GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 def _transformers_fields(shapes: Shapes, config: Config) -> Fields:
   width, _, *patch = shapes["embeddings.patch_embeddings.projection.weight"]
   block, names = _transformers_names(shapes)
-  activation = config.get("hidden_act", "gelu")
+  activation, image_size = config.get("hidden_act", "gelu"), config.get("image_size")
   if activation not in _GELUS:
     raise ValueError(f"hidden_act {activation!r} is not supported")
-  return _fields(
+  num_heads, notes = _num_heads(width, config.get("num_attention_heads"))
+  return vit_fields(
     patches=(width, *patch),
     num_positions=shapes["embeddings.position_embeddings"][-2],
+    image_shape=image_size if isinstance(image_size, list) else None,
     num_classes=shapes.get("classifier.weight", (0,))[0],
     num_blocks=count(shapes, f"{block}."),
-    num_heads=config.get("num_attention_heads") or _num_heads(width),
+    num_heads=num_heads,
+    notes=notes,
     hidden=shapes[f"{block.format(0)}.{names['dense0']}.weight"][0],
     pool="cls",
     has_class_token=True,
@@ -204,7 +231,7 @@ def _transformers_names(shapes: Shapes) -> tuple[str, dict[str, str]]:
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     names = {ours: f"attention.{theirs}" for ours, theirs in names.items()}
     return "layers.{}", names | {"dense0": "mlp.fc1", "dense1": "mlp.fc2"}
-  names = {part: f"attention.attention.{part}" for part in _QKV}
+  names = {part: f"attention.attention.{part}" for part in QKV}
   names |= {"out": "attention.output.dense"}
   return "encoder.layer.{}", names | {"dense0": "intermediate.dense", "dense1": "output.dense"}
 
@@ -214,110 +241,18 @@ def _transformers_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
   patch_embed = "embeddings.patch_embeddings.projection"
   rules = [
     *conv_patches(patch_embed, "patch_embed", fields["patch_size"]),
-    *_tokens(fields, shapes, "embeddings.cls_token", "embeddings.position_embeddings"),
+    *token_rules(fields, shapes, "embeddings.cls_token", "embeddings.position_embeddings"),
     *norm("layernorm", "norm"),
   ]
   for i in range(fields["num_blocks"]):
     theirs, ours = block.format(i), f"block{i}"
     rules += norm(f"{theirs}.layernorm_before", f"{ours}/norm1")
-    for part in _QKV:
+    for part in QKV:
       rules += into_heads(f"{theirs}.{names[part]}", [f"{ours}/attention/{part}"], heads)
     rules += out_of_heads(f"{theirs}.{names['out']}", f"{ours}/attention/out", heads)
     rules += norm(f"{theirs}.layernorm_after", f"{ours}/norm2")
     rules += _mlp(f"{theirs}.{names['dense0']}", f"{theirs}.{names['dense1']}", f"{ours}/mlp")
   return rules + (linear("classifier", "head") if fields["num_classes"] else [])
-
-
-# vision_transformer and big_vision.
-
-_BLOCK = "Transformer/encoderblock"
-_NPZ_POSITIONS = (
-  "pos_embedding",
-  "Transformer/posembed_input/pos_embedding",
-  "Transformer/pos_embedding",
-)
-
-
-def _npz_fields(shapes: Shapes, config: Config) -> Fields:
-  del config  # there is none
-  *patch, _, width = shapes["embedding/kernel"]
-  has_class_token, position = "cls" in shapes, _npz_position(shapes)
-  others: Fields = {"gelu": "tanh", "norm_epsilon": 1e-6}
-  if not position:
-    others |= {"position": "sincos2d"}
-  if "pre_logits/kernel" in shapes:
-    others |= {"head_units": (shapes["pre_logits/kernel"][1],), "head_activation": "tanh"}
-  layers = {ours: theirs for theirs, ours in _npz_layers(shapes)}
-  block = _BLOCK if _is_stacked(shapes) else f"{_BLOCK}_0"
-  return _fields(
-    patches=(width, *patch),
-    # Fixed positions leave no array: 224 pixels, as in the published files of this kind.
-    num_positions=shapes[position][-2] if position else (224 // patch[0]) ** 2,
-    num_classes=shapes.get("head/bias", (0,))[0],
-    num_blocks=count(shapes, f"{_BLOCK}_{{}}/") or shapes[f"{block}/LayerNorm_0/scale"][0],
-    num_heads=shapes[f"{block}/{layers['attention/query']}/bias"][-2],
-    hidden=shapes[f"{block}/{layers['mlp/dense0']}/bias"][-1],
-    pool="map" if "MAPHead_0/probe" in shapes else "cls" if has_class_token else "mean",
-    has_class_token=has_class_token,
-    **others,
-  )
-
-
-def _npz_position(shapes: Shapes) -> str | None:
-  return next((name for name in _NPZ_POSITIONS if name in shapes), None)
-
-
-def _is_stacked(shapes: Shapes) -> bool:
-  """Whether one array holds a parameter of all blocks, as blocks in a scan have it."""
-  return f"{_BLOCK}/LayerNorm_0/scale" in shapes
-
-
-def _npz_layers(shapes: Shapes) -> list[tuple[str, str]]:
-  """Their and our names of the layers in a block."""
-  attention, norm2, mlp = "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0"
-  if f"{_BLOCK}_0/LayerNorm_2/scale" in shapes:  # vision_transformer counts all kinds in one row
-    attention, norm2, mlp = "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"
-  return [
-    ("LayerNorm_0", "norm1"),
-    *((f"{attention}/{part}", f"attention/{part}") for part in (*_QKV, "out")),
-    (norm2, "norm2"),
-    *((f"{mlp}/Dense_{n}", f"mlp/dense{n}") for n in range(2)),
-  ]
-
-
-def _npz_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
-  width, patch_size, blocks = fields["width"], fields["patch_size"], range(fields["num_blocks"])
-  position, is_stacked = _npz_position(shapes), _is_stacked(shapes)
-  in_block = _npz_layers(shapes)
-  layers = [("Transformer/encoder_norm", "norm")]
-  if fields["head_units"]:
-    layers.append(("pre_logits", "head_mlp/dense0"))
-  if fields["num_classes"]:
-    layers.append(("head", "head"))
-  if not is_stacked:
-    layers += [(f"{_BLOCK}_{i}/{a}", f"block{i}/{b}") for i in blocks for a, b in in_block]
-  kernel_shape = (patch_size, patch_size, -1, width)
-  rules = [
-    reshaped("embedding/kernel", "patch_embed/kernel", kernel_shape, (-1, width)),
-    same("embedding/bias", "patch_embed/bias"),
-    *_tokens(fields, shapes, "cls", position),
-  ]
-  if fields["pool"] == "map":
-    rules.append(reshaped("MAPHead_0/probe", "pool/probe", (1, 1, width), (1, width)))
-    names = {"LayerNorm_0": "norm"} | {a: b for a, b in _npz_layers({}) if "/" in b}
-    layers += [(f"MAPHead_0/{theirs}", f"pool/{ours}") for theirs, ours in names.items()]
-  rules += [same(a, b) for layer in layers for a, b in _npz_leaves(*layer)]
-  if is_stacked:
-    for theirs, ours in (pair for layer in in_block for pair in _npz_leaves(*layer)):
-      paths = tuple(f"block{i}/{ours}" for i in blocks)
-      rules.append(Rule(f"{_BLOCK}/{theirs}", paths, list, np.stack))
-  return rules
-
-
-def _npz_leaves(theirs: str, ours: str) -> list[tuple[str, str]]:
-  """Their and our names of a layer's arrays, which both keep alike."""
-  weight = "scale" if "LayerNorm" in theirs or theirs.endswith("_norm") else "kernel"
-  return [(f"{theirs}/{leaf}", f"{ours}/{leaf}") for leaf in (weight, "bias")]
 
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -336,14 +271,5 @@ LAYOUTS: tuple[Layout, ...] = (
     rules=_transformers_rules,
     prefixes=("vit.",),
     ignored=(r"pooler\..*", r"embeddings\.mask_token"),
-  ),
-  Layout(
-    project="npz",
-    family="vit",
-    marks=("embedding/kernel", "Transformer/encoder_norm/scale"),
-    fields=_npz_fields,
-    rules=_npz_rules,
-    prefixes=("params/img/", "params/", "opt/target/"),
-    ignored=(r"txt/.*", "t", "b"),  # of a model of images and texts
   ),
 )
