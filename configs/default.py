@@ -10,6 +10,9 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
   """The shared recipe, without a model: configs/MODEL.py adds `config.model`."""
   config = ConfigDict()
+  # What does not train: beginnings of parameters' paths, as in patch_embed,block0; "backbone" is
+  # all but the head.
+  config.freeze = ()
   config.seed = 0  # for everything random: initial weights, order, augmentation, dropout
   config.epochs = 50  # passes over the training split
   config.batch_size = 128  # images per step, over all devices
@@ -42,13 +45,7 @@ def get_config() -> ConfigDict:
   # to 4/3: usually 0.08 or 0.3. 0.0: none, training sees what evaluation does.
   config.augment.crop = 0.0
 
-  config.optimizer = ConfigDict()  # AdamW
-  config.optimizer.learning_rate = 1e-3
-  config.optimizer.weight_decay = 1e-4  # per step, times the learning rate (Keras 3, optax)
-  config.optimizer.independent_weight_decay = False  # True: not times the learning rate (TF Addons)
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.999
-  config.optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8
+  config.optimizer = _optimizer()
 
   config.plateau = ConfigDict()  # the learning rate falls when val_loss does not
   config.plateau.factor = 0.5  # multiplies the learning rate; 1.0: it never changes
@@ -65,6 +62,21 @@ def get_config() -> ConfigDict:
 
   config.checkpoint_seconds = 300.0  # between checkpoints in an epoch; every epoch ends with one
   return config
+
+
+def _optimizer() -> ConfigDict:
+  """Of AdamW."""
+  optimizer = ConfigDict()
+  optimizer.learning_rate = 1e-3
+  optimizer.weight_decay = 1e-4  # per step, times the learning rate (Keras 3, optax)
+  optimizer.independent_weight_decay = False  # True: not times the learning rate (TF Addons)
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.999
+  optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8
+  # Multiplies the learning rate once for each block from the top down: less than 1 keeps the lower
+  # layers of weights that have learned before. 1.0: all learn alike.
+  optimizer.layer_decay = 1.0
+  return optimizer
 
 
 def _data() -> ConfigDict:
