@@ -10,6 +10,9 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
   """The shared recipe, without a model: configs/MODEL.py adds `config.model`."""
   config = ConfigDict()
+  # Weights to start a new run from: a file, a folder, another run's workdir or hf://ORG/NAME, as
+  # `mlp_models.load` reads them. What `model` does not give comes from them. "": random weights.
+  config.init = ""
   # What does not train: beginnings of parameters' paths, as in patch_embed,block0; "backbone" is
   # all but the head.
   config.freeze = ()
@@ -93,13 +96,16 @@ def _data() -> ConfigDict:
   # leaves detail for random crops. None: `crop` of it is image_size. But images that all have one
   # size, such as CIFAR's, keep it, unless they are photos of more than 512 pixels a side.
   data.decode_size = config_dict.placeholder(int)
-  data.crop = 1.0  # the fraction of the shorter side that evaluation sees, around the centre
+  # The fraction of the shorter side that evaluation sees, around the centre. None: as the weights
+  # of `init` want it, else 1.0.
+  data.crop = config_dict.placeholder(float)
   data.crop_mode = "center"  # keep the aspect; "squash": see both sides, made square
   # "bilinear" as Keras: the device does not antialias, so decode_size should be near image_size; or
-  # "bicubic" as Pillow, with antialiasing. Decoding always antialiases.
-  data.interpolation = "bilinear"
+  # "bicubic" as Pillow, with antialiasing. Decoding always antialiases. None: as the weights of
+  # `init` want it, else "bilinear".
+  data.interpolation = config_dict.placeholder(str)
   # With which images are normalised, in pixel units (0 to 255): one value, or one for each channel.
-  # (): of the training images.
+  # (): as the weights of `init` want it, else of the training images.
   data.mean = ()
   data.variance = ()
   # Memory limit in bytes, summed over a host's processes; larger sets are streamed. None: a quarter

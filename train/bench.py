@@ -27,7 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mlp_models
-from train import augment, check, data, flags
+from train import augment, check, data, flags, pretrained
 from train.cost import flops_per_image, matmul_peak
 from train.devices.compile import compiler_options, start_jax
 from train.devices.machine import peak_memory, process_age
@@ -263,6 +263,7 @@ def main() -> None:
       return _measure_all(arguments.output, repeats, seconds)
     check.check_config(config)
     start_jax(config)
+    config = pretrained.resolve(config)
     config.data = data.resolve(config.data)
     if arguments.tune:
       if not (rates := tune(config, repeats, seconds)):

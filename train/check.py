@@ -75,6 +75,12 @@ def check_config(config: ConfigDict) -> None:
   require(named, "freeze", "names of parameters, such as patch_embed,block0, or backbone")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
   require(config.nonfinite in ("stop", "skip"), "nonfinite", "stop or skip")
+  if not config.init:  # else the weights give the rest of the model
+    check_model(config)
+
+
+def check_model(config: ConfigDict) -> None:
+  """Raises ConfigError if `config.model` makes no model, or one larger than any."""
   try:
     mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
   except (TypeError, ValueError) as error:
@@ -95,9 +101,11 @@ def _check_data(config: ConfigDict, require: Callable[[bool, str, str], None]) -
     ImageColor.getrgb(data.background)
   except ValueError:
     require(False, "data.background", "a colour's name, or #rrggbb")
-  require(0 < data.crop <= 1, "data.crop", "more than 0, at most 1 (1: the whole side)")
+  crop_is_fine = data.crop is None or 0 < data.crop <= 1
+  require(crop_is_fine, "data.crop", "more than 0, at most 1 (1: the whole side)")
   require(data.crop_mode in MODES, "data.crop_mode", " or ".join(MODES))
-  require(data.interpolation in INTERPOLATIONS, "data.interpolation", " or ".join(INTERPOLATIONS))
+  is_known = data.interpolation in (None, *INTERPOLATIONS)
+  require(is_known, "data.interpolation", " or ".join(INTERPOLATIONS))
   require(len(data.mean) in (0, 1, 3, 4), "data.mean", "one value, one for each channel, or ()")
   require(len(data.variance) == len(data.mean), "data.variance", "as many values as data.mean")
   # Deviations of images between 0 and 1 would be below 1: the usual mistake.
