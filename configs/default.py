@@ -4,6 +4,8 @@ A model's file (`configs/mixer.py`, ...) starts from `get_config()` and changes 
 command line any knob is `--config.KEY=VALUE`; `configs/mixer.py:smoke` picks the variant `smoke`.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 
@@ -132,6 +134,33 @@ def apply_variant(config: ConfigDict, variant: str | None, variants: dict[str, d
   if variant and variant not in variants:
     raise ValueError(f"variant {variant!r} is unknown: choose one of {', '.join(variants)}")
   config.update_from_flattened_dict(variants[variant] if variant else {})
+  return config
+
+
+def finetune(name: str, **fields: Any) -> ConfigDict:
+  """The recipe for fine-tuning the weights in `config.init`: what the papers' tables share.
+
+  No weight decay, no dropout, flips and crops (Dosovitskiy et al., arXiv:2010.11929, table 4;
+  Tolstikhin et al., arXiv:2105.01601, section 3). They use SGD with momentum, 512 images a step for
+  500 to 20,000 steps, a cosine schedule and clipped gradients. Here it is AdamW, whose learning
+  rate falls for lower layers (He et al., arXiv:2111.06377, table 9) and, in place of the cosine,
+  when val_loss does not fall; 128 images a step leave a small set enough steps in an epoch.
+
+  Args:
+    name: of the family.
+    **fields: of the model that the weights do not decide; None: they do, unless it is given.
+  """
+  config = get_config()
+  config.init = config_dict.required_placeholder(str)
+  config.model = {"name": name, "image_size": config_dict.placeholder(int)} | fields
+  config.epochs = 20
+  config.optimizer.learning_rate = 1e-4
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.layer_decay = 0.75
+  config.augment.zoom = 0.0
+  config.augment.crop = 0.3
+  config.plateau.patience = 2
+  config.early_stop_patience = 5
   return config
 
 
