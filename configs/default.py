@@ -4,12 +4,20 @@ A model's file (`configs/mixer.py`, ...) starts from `get_config()` and changes 
 command line any knob is `--config.KEY=VALUE`; `configs/mixer.py:smoke` picks the variant `smoke`.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
   """The shared recipe, without a model: configs/MODEL.py adds `config.model`."""
   config = ConfigDict()
+  # Weights to start a new run from: a file, a folder, another run's workdir or hf://ORG/NAME, as
+  # `mlp_models.load` reads them. What `model` does not give comes from them. "": random weights.
+  config.init = ""
+  # What does not train: beginnings of parameters' paths, as in patch_embed,block0; "backbone" is
+  # all but the head.
+  config.freeze = ()
   config.seed = 0  # for everything random: initial weights, order, augmentation, dropout
   config.epochs = 50  # passes over the training split
   config.batch_size = 128  # images per step, over all devices
@@ -42,13 +50,7 @@ def get_config() -> ConfigDict:
   # to 4/3: usually 0.08 or 0.3. 0.0: none, training sees what evaluation does.
   config.augment.crop = 0.0
 
-  config.optimizer = ConfigDict()  # AdamW
-  config.optimizer.learning_rate = 1e-3
-  config.optimizer.weight_decay = 1e-4  # per step, times the learning rate (Keras 3, optax)
-  config.optimizer.independent_weight_decay = False  # True: not times the learning rate (TF Addons)
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.999
-  config.optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8
+  config.optimizer = _optimizer()
 
   config.plateau = ConfigDict()  # the learning rate falls when val_loss does not
   config.plateau.factor = 0.5  # multiplies the learning rate; 1.0: it never changes
@@ -67,6 +69,21 @@ def get_config() -> ConfigDict:
   return config
 
 
+def _optimizer() -> ConfigDict:
+  """Of AdamW."""
+  optimizer = ConfigDict()
+  optimizer.learning_rate = 1e-3
+  optimizer.weight_decay = 1e-4  # per step, times the learning rate (Keras 3, optax)
+  optimizer.independent_weight_decay = False  # True: not times the learning rate (TF Addons)
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.999
+  optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8
+  # Multiplies the learning rate once for each block from the top down: less than 1 keeps the lower
+  # layers of weights that have learned before. 1.0: all learn alike.
+  optimizer.layer_decay = 1.0
+  return optimizer
+
+
 def _data() -> ConfigDict:
   data = ConfigDict()
   # Any TFDS image classification set; "shapes100" is built in; "folder:PATH" is an image folder,
@@ -81,13 +98,16 @@ def _data() -> ConfigDict:
   # leaves detail for random crops. None: `crop` of it is image_size. But images that all have one
   # size, such as CIFAR's, keep it, unless they are photos of more than 512 pixels a side.
   data.decode_size = config_dict.placeholder(int)
-  data.crop = 1.0  # the fraction of the shorter side that evaluation sees, around the centre
+  # The fraction of the shorter side that evaluation sees, around the centre. None: as the weights
+  # of `init` want it, else 1.0.
+  data.crop = config_dict.placeholder(float)
   data.crop_mode = "center"  # keep the aspect; "squash": see both sides, made square
   # "bilinear" as Keras: the device does not antialias, so decode_size should be near image_size; or
-  # "bicubic" as Pillow, with antialiasing. Decoding always antialiases.
-  data.interpolation = "bilinear"
+  # "bicubic" as Pillow, with antialiasing. Decoding always antialiases. None: as the weights of
+  # `init` want it, else "bilinear".
+  data.interpolation = config_dict.placeholder(str)
   # With which images are normalised, in pixel units (0 to 255): one value, or one for each channel.
-  # (): of the training images.
+  # (): as the weights of `init` want it, else of the training images.
   data.mean = ()
   data.variance = ()
   # Memory limit in bytes, summed over a host's processes; larger sets are streamed. None: a quarter
@@ -114,6 +134,33 @@ def apply_variant(config: ConfigDict, variant: str | None, variants: dict[str, d
   if variant and variant not in variants:
     raise ValueError(f"variant {variant!r} is unknown: choose one of {', '.join(variants)}")
   config.update_from_flattened_dict(variants[variant] if variant else {})
+  return config
+
+
+def finetune(name: str, **fields: Any) -> ConfigDict:
+  """The recipe for fine-tuning the weights in `config.init`: what the papers' tables share.
+
+  No weight decay, no dropout, flips and crops (Dosovitskiy et al., arXiv:2010.11929, table 4;
+  Tolstikhin et al., arXiv:2105.01601, section 3). They use SGD with momentum, 512 images a step for
+  500 to 20,000 steps, a cosine schedule and clipped gradients. Here it is AdamW, whose learning
+  rate falls for lower layers (He et al., arXiv:2111.06377, table 9) and, in place of the cosine,
+  when val_loss does not fall; 128 images a step leave a small set enough steps in an epoch.
+
+  Args:
+    name: of the family.
+    **fields: of the model that the weights do not decide; None: they do, unless it is given.
+  """
+  config = get_config()
+  config.init = config_dict.required_placeholder(str)
+  config.model = {"name": name, "image_size": config_dict.placeholder(int)} | fields
+  config.epochs = 20
+  config.optimizer.learning_rate = 1e-4
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.layer_decay = 0.75
+  config.augment.zoom = 0.0
+  config.augment.crop = 0.3
+  config.plateau.patience = 2
+  config.early_stop_patience = 5
   return config
 
 

@@ -3,13 +3,19 @@
     python -m train.main --config configs/mixer.py --workdir runs/mixer
 
 242,788 parameters. Keras publishes 47.6 % top-1 after 50 epochs (with weight decay not multiplied
-by the learning rate: --config.optimizer.independent_weight_decay=True). Variant: smoke (seconds).
+by the learning rate: --config.optimizer.independent_weight_decay=True). Variants: smoke (seconds),
+finetune (weights on other images; default.py says where its recipe comes from):
+
+    python -m train.main --config configs/mixer.py:finetune --config.init=FILE \
+      --config.data.name=folder:PATH
 """
 
 from configs import default
 
 
 def get_config(variant=None):
+  if variant == "finetune":
+    return default.finetune("mixer", dropout_rate=0.0, drop_path_rate=0.0)
   config = default.get_config()
   config.model = {
     "name": "mixer",
@@ -22,4 +28,5 @@ def get_config(variant=None):
   config.cpu_microbatch = 2  # the fastest by train.bench --tune
   config.optimizer.learning_rate = 5e-3
   smoke = {"model.image_size": 32, "model.width": 32, "model.num_blocks": 2}
-  return default.apply_variant(config, variant, {"smoke": default.SMOKE | smoke})
+  variants = {"smoke": default.SMOKE | smoke, "finetune": {}}
+  return default.apply_variant(config, variant, variants)

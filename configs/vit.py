@@ -4,13 +4,25 @@
 
 21,759,012 parameters, 19 million of them in the head. Keras publishes 55 % top-1, 82 % top-5 after
 100 epochs (with weight decay not multiplied by the learning rate:
---config.optimizer.independent_weight_decay=True). Variants: small (for a laptop), smoke (seconds).
+--config.optimizer.independent_weight_decay=True). Variants: small (for a laptop), smoke (seconds),
+finetune (weights on other images; default.py says where its recipe comes from):
+
+    python -m train.main --config configs/vit.py:finetune --config.init=FILE \
+      --config.data.name=folder:PATH
 """
 
 from configs import default
 
 
 def get_config(variant=None):
+  if variant == "finetune":
+    return default.finetune(
+      "vit",
+      dropout_rate=0.0,
+      attention_dropout_rate=0.0,
+      head_dropout_rate=0.0,
+      drop_path_rate=0.0,
+    )
   config = default.get_config()
   config.model = {
     "name": "vit",
@@ -53,4 +65,5 @@ def get_config(variant=None):
     "model.mlp_units": (64, 32),
     "model.head_units": (64, 32),
   }
-  return default.apply_variant(config, variant, {"small": small, "smoke": default.SMOKE | smoke})
+  variants = {"small": small, "smoke": default.SMOKE | smoke, "finetune": {}}
+  return default.apply_variant(config, variant, variants)

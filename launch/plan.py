@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from launch import collectives, traffic
-from train import check, data, flags
+from train import check, data, flags, pretrained
 from train.cost import flops_per_image
 from train.data import DatasetInfo
 from train.data.batches import num_batches
@@ -326,6 +326,7 @@ def main() -> None:
     if importlib.util.find_spec("libtpu") is None:
       fail(_INSTALL, 1)
     _start()
+    config = pretrained.resolve(config)
     info = data.foresee(config.data, arguments.images)
     if arguments.max_batch:
       config.batch_size = max_batch(config, info, arguments.topology)

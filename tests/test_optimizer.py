@@ -11,7 +11,9 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+import mlp_models
 from train import optimizer
+from train.errors import ConfigError
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "plateau.json").read_text())
 
@@ -24,6 +26,7 @@ def _config(**overrides):
     b1=0.9,
     b2=0.999,
     epsilon=1e-7,
+    layer_decay=1.0,
   )
   return ConfigDict(defaults | overrides)
 
@@ -82,6 +85,114 @@ def test_independent_weight_decay_ignores_learning_rate_and_plateau():
     np.testing.assert_allclose(after["w"], 1 - config.weight_decay, rtol=1e-6)
     (after,) = _steps(_config(learning_rate=learning_rate), one, [zero], [scale])
     np.testing.assert_allclose(after["w"], 1 - scale * learning_rate * 0.1, rtol=1e-6)
+
+
+# Fine-tuning: which arrays train, and how fast.
+
+_TWO_BLOCKS = {  # depths by the beginning of the path; the full rate is at depth 3
+  "mixer": {"patch_embed": 0, "block0": 1, "block1": 2, "head": 3},
+  "fnet": {"patch_embed": 0, "position": 0, "block0": 1, "block1": 2, "head": 3},
+  "gmlp": {"patch_embed": 0, "block0": 1, "block1": 2, "head": 3},
+  "perceiver": {
+    "patch_embed": 0,
+    "position": 0,
+    "latents": 0,
+    "cross": 0,
+    "latent/block0": 1,
+    "latent/block1": 2,
+    "head": 3,
+  },
+  "perceiver io-learned": {
+    "pixel_embed": 0,
+    "position": 0,
+    "position_projection": 0,
+    "latents": 0,
+    "cross0": 0,
+    "latent/block0": 1,
+    "latent/block1": 2,
+    "query": 3,
+    "decoder": 3,
+    "head": 3,
+  },
+  "vit S/16": {
+    "class_token": 0,
+    "patch_embed": 0,
+    "position": 0,
+    "block0": 1,
+    "block1": 2,
+    "norm": 3,
+    "head": 3,
+  },
+  "vit": {
+    "patch_embed": 0,
+    "position": 0,
+    "block0": 1,
+    "block1": 2,
+    "norm": 3,
+    "head_mlp": 3,
+    "head": 3,
+  },
+}
+
+
+@pytest.mark.parametrize("name", _TWO_BLOCKS)
+def test_learning_rate_falls_with_the_depth_of_each_array(name):
+  model = mlp_models.create(*name.split(), num_blocks=2)
+  images = jnp.zeros((1, model.image_size, model.image_size, 3))
+  params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  factors = optimizer.learning_rate_factors(params, 0.5)
+  found = {}
+  for path, factor in factors.items():
+    parts = path.split("/")
+    beginning = "/".join(parts[:2]) if parts[0] == "latent" else parts[0]
+    assert found.setdefault(beginning, factor) == factor
+  assert found == {k: 0.5 ** (3 - depth) for k, depth in _TWO_BLOCKS[name].items()}
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_layer_decay_multiplies_the_learning_rate_alone(independent):
+  rng = np.random.default_rng(1)
+  params = {"patch_embed": {"bias": np.ones(3)}, "block0": {"bias": np.ones(3)}, "head": np.ones(3)}
+  grads = [jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), params) for _ in range(2)]
+  options = dict(independent_weight_decay=independent)
+  *_, decayed = _steps(_config(layer_decay=0.1, **options), params, grads, [1.0, 0.5])
+  for name, factor in (("patch_embed", 0.01), ("block0", 0.1), ("head", 1.0)):
+    alone = _config(learning_rate=0.01 * factor, **options)
+    *_, expected = _steps(alone, params, grads, [1.0, 0.5])
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), decayed[name], expected[name]
+    )
+
+
+def test_frozen_arrays_have_no_state_and_the_others_are_updated_as_before():
+  params = {"block1": {"bias": np.ones(2)}, "block10": {"bias": np.ones(2)}, "head": np.ones(2)}
+  trained, frozen = optimizer.split_frozen(params, ("block1",))
+  assert (list(trained), list(frozen)) == (["block10", "head"], ["block1"])
+  assert optimizer.join(trained, frozen) == params
+  grads = jax.tree.map(lambda x: 0.1 * x, params)
+  part = optimizer.make_optimizer(_config(), ("block1",))
+  state = part.init(params)
+  assert jax.tree.leaves(jax.tree.map(jnp.shape, state[0].mu)) == [2, 2]
+  updates, _ = part.update(
+    optimizer.split_frozen(grads, ("block1",))[0], state, params, learning_rate_scale=1.0
+  )
+  whole = optimizer.make_optimizer(_config())
+  expected, _ = whole.update(grads, whole.init(params), params, learning_rate_scale=1.0)
+  assert list(updates) == ["block10", "head"]
+  np.testing.assert_array_equal(updates["block10"]["bias"], expected["block10"]["bias"])
+
+
+def test_backbone_is_all_but_the_head():
+  params = {
+    "block0": {"bias": 1},
+    "norm": {"scale": 2},
+    "head": {"kernel": 3},
+    "head_mlp": {"a": 4},
+  }
+  trained, _ = optimizer.split_frozen(params, ("backbone",))
+  assert trained == {"head": {"kernel": 3}}
+  with pytest.raises(ConfigError, match="nothing is left to train"):
+    optimizer.split_frozen(params, ("backbone", "head"))
 
 
 @pytest.mark.parametrize("grad", [1e-8, 1e-7, 1e-6, 1e-5])

@@ -27,15 +27,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mlp_models
-from train import augment, check, data, flags
+from train import augment, check, data, flags, pretrained
 from train.cost import flops_per_image, matmul_peak
 from train.devices.compile import compiler_options, start_jax
 from train.devices.machine import peak_memory, process_age
 from train.devices.reduction import sum_over_batch
 from train.errors import ConfigError, DataError, fail
 from train.interrupt import interruptible
+from train.optimizer import split_frozen
 from train.state import count_parameters, make_model
-from train.step import evaluate, loss, make_eval_step
+from train.step import evaluate, loss, make_eval_step, make_gradients
 from train.sweep import sweep_and_draw, tune
 from train.timing import Training, prepare, time_steps
 
@@ -145,7 +146,10 @@ def _parts_of_a_step(training: Training) -> dict[str, Callable]:
   parts: dict[str, tuple[Callable, Any]] = {  # each with a template of its result
     "augment": (only_augment, jnp.float32(0)),
     "forward": (whole_loss, (jnp.float32(0), state.sums)),
-    "backward": (jax.grad(whole_loss, has_aux=True), (state.params, state.sums)),
+    "backward": (
+      make_gradients(state, model, augmentation, config.freeze),
+      (split_frozen(state.params, config.freeze)[0], state.sums),
+    ),
   }
 
   def on_the_batch(part: Callable, template: Any) -> Callable:
@@ -259,6 +263,7 @@ def main() -> None:
       return _measure_all(arguments.output, repeats, seconds)
     check.check_config(config)
     start_jax(config)
+    config = pretrained.resolve(config)
     config.data = data.resolve(config.data)
     if arguments.tune:
       if not (rates := tune(config, repeats, seconds)):

@@ -16,7 +16,7 @@ from train.devices.machine import memory_limit
 from train.devices.mesh import FSDP
 from train.errors import ConfigError, printable, shown
 from train.knobs import check_knobs
-from train.optimizer import BEST
+from train.optimizer import BEST, split_frozen
 
 _MOST = 2**20  # no batch is as large, and no model as wide
 _INT32 = 2**31 - 1  # the state counts in int32
@@ -69,8 +69,18 @@ def check_config(config: ConfigDict) -> None:
   require(0 <= config.optimizer.b1 < 1, "optimizer.b1", "at least 0 and less than 1")
   require(0 <= config.optimizer.b2 < 1, "optimizer.b2", "at least 0 and less than 1")
   require(0 < config.plateau.factor <= 1, "plateau.factor", "more than 0, at most 1 (1: none)")
+  decay = config.optimizer.layer_decay
+  require(0 < decay <= 1, "optimizer.layer_decay", "more than 0, at most 1 (1: none)")
+  named = all(isinstance(name, str) and name for name in config.freeze)
+  require(named, "freeze", "names of parameters, such as patch_embed,block0, or backbone")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
   require(config.nonfinite in ("stop", "skip"), "nonfinite", "stop or skip")
+  if not config.init:  # else the weights give the rest of the model
+    check_model(config)
+
+
+def check_model(config: ConfigDict) -> None:
+  """Raises ConfigError if `config.model` makes no model, or one larger than any."""
   try:
     mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
   except (TypeError, ValueError) as error:
@@ -78,10 +88,10 @@ def check_config(config: ConfigDict) -> None:
   for name, value in config.model.items():
     largest = _LARGEST.get(name, _MOST)
     sizes = value if isinstance(value, tuple | list) else [value]
-    require(len(sizes) <= _LAYERS, f"model.{name}", f"at most {_LAYERS} layers")
-    for size in sizes:
-      if isinstance(size, int):
-        require(size <= largest, f"model.{name}", f"at most {largest:,}")
+    if len(sizes) > _LAYERS:
+      raise ConfigError(f"config.model.{name} = {shown(value)}: at most {_LAYERS} layers")
+    if any(isinstance(size, int) and size > largest for size in sizes):
+      raise ConfigError(f"config.model.{name} = {shown(value)}: at most {largest:,}")
 
 
 def _check_data(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
@@ -91,9 +101,11 @@ def _check_data(config: ConfigDict, require: Callable[[bool, str, str], None]) -
     ImageColor.getrgb(data.background)
   except ValueError:
     require(False, "data.background", "a colour's name, or #rrggbb")
-  require(0 < data.crop <= 1, "data.crop", "more than 0, at most 1 (1: the whole side)")
+  crop_is_fine = data.crop is None or 0 < data.crop <= 1
+  require(crop_is_fine, "data.crop", "more than 0, at most 1 (1: the whole side)")
   require(data.crop_mode in MODES, "data.crop_mode", " or ".join(MODES))
-  require(data.interpolation in INTERPOLATIONS, "data.interpolation", " or ".join(INTERPOLATIONS))
+  is_known = data.interpolation in (None, *INTERPOLATIONS)
+  require(is_known, "data.interpolation", " or ".join(INTERPOLATIONS))
   require(len(data.mean) in (0, 1, 3, 4), "data.mean", "one value, one for each channel, or ()")
   require(len(data.variance) == len(data.mean), "data.variance", "as many values as data.mean")
   # Deviations of images between 0 and 1 would be below 1: the usual mistake.
@@ -107,8 +119,9 @@ def _check_data(config: ConfigDict, require: Callable[[bool, str, str], None]) -
 def check_memory(config: ConfigDict, mesh: Mesh) -> None:
   """Raises ConfigError if a step can't fit the memory, whatever the compiler does.
 
-  Counted are float32 parameters, AdamW's two moments and the images that are computed at a time;
-  only shapes are computed.
+  Counted are float32 parameters, AdamW's two moments of those that train, and the images that are
+  computed at a time; only shapes are computed. It is also an error if `config.freeze` names what
+  the model lacks.
 
   Args:
     config: accepted by `check_config`.
@@ -116,7 +129,9 @@ def check_memory(config: ConfigDict, mesh: Mesh) -> None:
   size = config.model.image_size
   microbatch = config.microbatch or 1
   images = 4 * 3 * size**2 * microbatch  # of one device
-  state = 3 * 4 * _parameters(config) // mesh.shape[FSDP]
+  parameters = _parameters(config)
+  trained = _trained_parameters(config) if config.freeze else parameters
+  state = 4 * (parameters + 2 * trained) // mesh.shape[FSDP]
   device = mesh.local_devices[0]
   if device.platform == "cpu":
     needed, limit = len(mesh.local_devices) * (images + state), memory_limit()
@@ -133,22 +148,37 @@ def check_memory(config: ConfigDict, mesh: Mesh) -> None:
 def _parameters(config: ConfigDict) -> int:
   """Parameters of the model, as if for one class."""
 
-  def count(**overrides: int) -> int:
-    sizes = config.model.to_dict() | {"num_classes": 1} | overrides
-    if "num_iterations" in sizes and "variant" not in sizes:  # they share their weights
-      sizes["num_iterations"] = 1
-    model = mlp_models.create(**sizes)
-    size = config.model.image_size
+  def count(num_blocks: int) -> int:
+    sizes = {"num_blocks": num_blocks}
+    for field in ("num_iterations", "num_cross_attends"):  # from the second on they share weights
+      if field in config.model:
+        sizes[field] = min(2, config.model[field])
+    return _count(_shapes(config, **sizes))
 
-    def init() -> Any:
-      return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+  if "num_blocks" not in config.model:  # a variant of a paper has a few dozen
+    return _count(_shapes(config))
+  one = count(1)
+  return one + (config.model.num_blocks - 1) * (count(2) - one)  # blocks are alike
 
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(init)))
 
-  if "num_blocks" not in config.model:  # a paper's variant has a few dozen
-    return count()
-  one = count(num_blocks=1)
-  return one + (config.model.num_blocks - 1) * (count(num_blocks=2) - one)  # blocks are alike
+def _trained_parameters(config: ConfigDict) -> int:
+  """Parameters that train, as if for one class."""
+  return _count(split_frozen(_shapes(config), config.freeze)[0])
+
+
+def _shapes(config: ConfigDict, **sizes: int) -> Any:
+  """The parameters of the model with other `sizes`, for one class: shapes only."""
+  model = mlp_models.create(**config.model.to_dict() | sizes | {"num_classes": 1})
+  size = config.model.image_size
+
+  def init() -> Any:
+    return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+
+  return jax.eval_shape(init)
+
+
+def _count(shapes: Any) -> int:
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
 def _get(config: ConfigDict, key: str) -> Any:

@@ -1,13 +1,20 @@
 """Evaluates the best checkpoint of a run.
 
-    python -m train.evaluate --workdir DIR [--split test]
+    python -m train.evaluate --workdir DIR [--split test] [--data_dir DIR]
+    python -m train.evaluate --workdir DIR --probe
 
 Prints one JSON object: split, images, loss, accuracy and top5, the last two as fractions; null
 where a loss is no number. Classes are joined to the run's by name.
+
+`--probe` judges the features before the head instead: the accuracies of a linear classifier of them
+and of their nearest neighbours, both from the training split, whatever classes it has.
 """
 
 import json
 import re
+from typing import TYPE_CHECKING
+
+from jax.sharding import Mesh
 
 from train import data, flags
 from train.devices.compile import start_jax
@@ -25,6 +32,9 @@ from train.interrupt import interruptible
 from train.run.workdir import from_flag, read_config
 from train.step import evaluate, make_eval_step
 
+if TYPE_CHECKING:
+  from train.run.checkpoint import TrainedModel
+
 
 @interruptible()
 def main() -> None:
@@ -33,12 +43,12 @@ def main() -> None:
   parser.add_argument("--workdir", type=from_flag, required=True, help="workdir of the run")
   parser.add_argument("--split", default="test", choices=data.SPLITS)
   parser.add_argument("--data_dir", help="folder of the dataset, if it has moved since training")
+  parser.add_argument("--probe", action="store_true", help="judge the features before the head")
   arguments = parser.parse_args()
   flags.quiet_libraries()
   try:
     # Late: these take seconds, and wrong flags should fail at once.
     from train.run import checkpoint
-    from train.run.metrics import number_for_json
 
     config = read_config(arguments.workdir)
     start_jax(config)
@@ -49,26 +59,35 @@ def main() -> None:
     dataset = data.load(
       config.data,
       config.model.image_size,
-      splits=(arguments.split,),
-      class_names=trained.info.class_names,
+      splits=data.SPLITS if arguments.probe else (arguments.split,),
+      class_names=None if arguments.probe else trained.info.class_names,
     )
+    with until_memory_ends():
+      found = (_probe if arguments.probe else _evaluate)(trained, dataset, arguments.split, mesh)
   except (ConfigError, WorkdirError) as error:
     fail(error, 1)
   except UnreachableError as error:
     fail(f"{str(error).splitlines()[0]} Say where it is with --data_dir.", 1)
-  except DataError as error:
+  except DataError as error:  # also of a streamed image that can't be read
     fail(_with_own_flags(str(error)), 1)
-  split = dataset[arguments.split]
-  batch_size, microbatch = fitting_sizes(config, mesh)
-  step = make_eval_step(config, trained.info.num_classes, microbatch, mesh)
-  try:
-    with until_memory_ends():
-      metrics = evaluate(step, trained.weights, split, batch_size, mesh)
-  except DataError as error:  # a streamed image that can't be read
-    fail(_with_own_flags(str(error)), 1)
-  numbers = {name: number_for_json(value) for name, value in metrics.items()}
   with until_nobody_reads():
-    print(json.dumps({"split": arguments.split, "images": len(split), **numbers}))
+    print(json.dumps(found))
+
+
+def _evaluate(trained: "TrainedModel", dataset: data.Dataset, split: str, mesh: Mesh) -> dict:
+  from train.run.metrics import number_for_json
+
+  batch_size, microbatch = fitting_sizes(trained.config, mesh)
+  step = make_eval_step(trained.config, trained.info.num_classes, microbatch, mesh)
+  metrics = evaluate(step, trained.weights, dataset[split], batch_size, mesh)
+  numbers = {name: number_for_json(value) for name, value in metrics.items()}
+  return {"split": split, "images": len(dataset[split]), **numbers}
+
+
+def _probe(trained: "TrainedModel", dataset: data.Dataset, split: str, mesh: Mesh) -> dict:
+  from train.probe import probe
+
+  return probe(trained, dataset, split, mesh)
 
 
 def _with_own_flags(message: str) -> str:

@@ -16,7 +16,7 @@ _NEEDS = {
   int: "a whole number",
   float: "a number",
   str: "text",
-  tuple: "whole numbers, such as 64,32",
+  tuple: "numbers or names, such as 1.5,2 or block0,block1",
 }
 
 
@@ -26,8 +26,16 @@ class Knob(NamedTuple):
   may_be_none: bool
 
   @property
+  def is_sizes(self) -> bool:
+    """Whether it is a tuple of whole numbers, and must stay one."""
+    is_tuple = self.type is tuple and isinstance(self.value, tuple | list) and self.value
+    return bool(is_tuple) and all(type(item) is int for item in self.value)
+
+  @property
   def need(self) -> str:
     """What it must be, in words."""
+    if self.is_sizes:
+      return "whole numbers, such as 64,32"
     return _NEEDS.get(self.type, "left as it is") + (", or None" if self.may_be_none else "")
 
 
@@ -97,9 +105,7 @@ def override(config: ConfigDict, flags: Sequence[str]) -> None:
       raise ValueError(f"unknown flag {whole}: a config's knobs are --config.KEY=VALUE")
     if key not in found:
       raise ValueError(_unknown_key(key, found))
-    knob = found[key]
-    if key in known and known[key].may_be_none:
-      knob = knob._replace(may_be_none=True)
+    knob = known.get(key, found[key])  # the config file may have given it another value
     if not separator:
       if knob.type is bool:
         text = "True"
@@ -142,8 +148,21 @@ def _value(text: str, knob: Knob) -> Any:
     return text
   items = text.strip().strip("()[]").rstrip(", ")
   if knob.type is tuple and (items or text.strip() in ("()", "[]")):
-    return tuple(int(item) for item in items.split(",") if items)
+    item = int if knob.is_sizes else _item
+    return tuple(item(part.strip()) for part in items.split(",") if items)
   raise ValueError
+
+
+def _item(text: str) -> int | float | str:
+  """A whole number, a number or a name: the first of these that the text is."""
+  for kind in (int, float):
+    try:
+      return kind(text)
+    except ValueError:
+      continue
+  if not text:
+    raise ValueError
+  return text.strip("'\"")
 
 
 def _unknown_key(key: str, known: Iterable[str]) -> str:

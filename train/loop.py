@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train import data, optimizer
+from train import data, optimizer, pretrained
 from train.check import check_memory
 from train.data import statistics
 from train.data.batches import num_batches, train_calls
@@ -42,7 +42,7 @@ _SAVE = 1  # vote 1: save; a larger vote is 1 + the number of a signal: save and
 
 
 def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[str, Any]:
-  """Trains `config.model`, or resumes an earlier run in the same folder.
+  """Trains `config.model`, from `config.init` if given, or resumes a run in the same folder.
 
   Args:
     config: accepted by `check.check_config`.
@@ -50,7 +50,7 @@ def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[st
   Returns:
     The content of summary.json: test metrics of the best epoch's weights, and figures of the run.
   Raises:
-    ConfigError: the batch does not fit the devices.
+    ConfigError: the batch does not fit the devices, or `config.init` not the rest.
     DataError: the dataset is unavailable or broken.
     WorkdirError: the folder can't be used, is in use by another process, or holds a run of another
       config or version.
@@ -61,6 +61,8 @@ def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[st
   """
   folder = epath.Path(folder)
   mesh = make_mesh(**config.mesh)
+  with hosts.first_goes_first(on_each_host=True):  # it may download the weights
+    config = pretrained.resolve(config, folder)
   check_memory(config, mesh)
   microbatch = microbatch_size(config, mesh)  # raises, before anything costly starts
   with contextlib.ExitStack() as stack:
@@ -149,7 +151,7 @@ def open_run(
     microbatch: images that a device computes at a time.
     stack: closes what the run opens.
   Raises:
-    DataError, WorkdirError, Disagreement, Interrupted: see `train_and_evaluate`.
+    ConfigError, DataError, WorkdirError, Disagreement, Interrupted: see `train_and_evaluate`.
   """
   print(f"Reading {info.name} and compiling {config.model.name} takes a moment.", flush=True)
   init = make_init(config, info, mesh)
@@ -158,6 +160,7 @@ def open_run(
   checkpoints = stack.enter_context(Checkpoints(folder))
   hosts.require_same("the checkpoint that they see", checkpoints.last_version())
   checkpoints.require_version()
+  weights = pretrained.load(config, info) if checkpoints.last_version() is None else None
 
   step = make_train_step(config, info.num_classes, microbatch, mesh)
   compiling = compile_in_background(step, init, config, info, mesh)
@@ -168,7 +171,7 @@ def open_run(
 
   state = checkpoints.restore_last(template)
   if state is None:
-    state = init(*statistics.of_config(config.data, dataset["train"]))
+    state = pretrained.begin(init(*statistics.of_config(config.data, dataset["train"])), weights)
     # A disk without space ends the run here, not after hours. Since there is a state before any
     # result, results without a state mean that somebody has removed it.
     checkpoints.save_last(state, wait=True)

@@ -7,6 +7,7 @@ process of a run comes to the same decision; the first one writes.
 import functools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -26,6 +27,7 @@ from train.data.framing import Framing
 from train.devices.mesh import replicated
 from train.devices.reduction import sum_over_batch
 from train.errors import StorageError, TrainingFailed, first_line
+from train.optimizer import split_frozen
 from train.run.metrics import number_for_json
 from train.run.storage import write_atomically
 from train.run.workdir import NONFINITE
@@ -57,7 +59,13 @@ class Guard:
     jit = functools.partial(jax.jit, out_shardings=replicated(mesh))
     self._all_finite = jit(lambda params: jnp.stack(jax.tree.leaves(_finite(params))).all())
     self._diagnose = jit(
-      functools.partial(diagnose, model=model, augmentation=augment.options(config), mesh=mesh)
+      functools.partial(
+        diagnose,
+        model=model,
+        augmentation=augment.options(config),
+        freeze=config.freeze,
+        mesh=mesh,
+      )
     )
     self._losses_not_finite = jit(
       functools.partial(
@@ -174,6 +182,7 @@ def diagnose(
   *,
   model: nn.Module,
   augmentation: dict,
+  freeze: Sequence[str],
   mesh: Mesh,
 ) -> dict[str, Any]:
   """Computes a step's gradients anew, one example at a time: less memory than the step needs.
@@ -183,11 +192,11 @@ def diagnose(
     batches: image [K, B, H, W, C] and so on; the step's batch is `batches[index]`.
   Returns:
     "loss": float32 [], the mean. "bad": bool [B], examples whose loss or gradient is not finite.
-    Trees like the parameters: "gradients" and "norms", norms (float32 []) of the loss' gradient and
-    of the parameter, and "finite" (bool []), whether the parameter is.
+    Trees like the parameters: "gradients" (of those that train) and "norms", norms (float32 []) of
+    the loss' gradient and of the parameter, and "finite" (bool []), whether the parameter is.
   """
   batch = jax.tree.map(lambda x: x[index], batches)
-  gradients = make_gradients(state, model, augmentation)
+  gradients = make_gradients(state, model, augmentation, freeze)
   places = jnp.arange(len(batch["label"]))
 
   def single(params, example: Batch, position: Array) -> tuple[dict, Sums, Array]:
@@ -195,7 +204,7 @@ def diagnose(
     bad = ~jnp.isfinite(sums.loss) | overflow(grads)
     return grads, sums, ((places == position) & bad).astype(jnp.float32)
 
-  template = (state.params, state.sums, jnp.zeros(places.shape))
+  template = (split_frozen(state.params, freeze)[0], state.sums, jnp.zeros(places.shape))
   grads, sums, bad = sum_over_batch(single, template, state.params, batch, 1, mesh)
   return {
     "loss": sums.loss / sums.count,

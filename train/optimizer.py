@@ -1,39 +1,125 @@
-"""AdamW, the plateau that lowers its learning rate, the best epoch so far and early stopping.
+"""AdamW and which arrays it trains, the plateau that lowers its learning rate, and early stopping.
 
 They follow Keras 3 (AdamW, ReduceLROnPlateau, EarlyStopping) and are built from optax's parts. All
 state is arrays, so that a checkpoint holds it.
 """
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import ReduceLROnPlateauState
+
+from train.errors import ConfigError, shown
 
 Array = jax.Array
 Mode = Literal["min", "max"]
 BEST: dict[str, Mode] = {"val_loss": "min", "val_accuracy": "max"}  # metrics to choose weights by
+_BACKBONE = "backbone"  # in `freeze`: all but the head
+_HEAD = "head"  # the layer that num_classes=0 leaves out, in every family
+# What follows the blocks, by the beginning of its name: no family has it before them.
+_AFTER_BLOCKS = ("norm", "pool", "query", "decoder", "head")
 
 
-def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
-  """AdamW over all parameters as in Keras: biases and norms decay, too.
+def make_optimizer(config, freeze: Sequence[str] = ()) -> optax.GradientTransformationExtraArgs:
+  """AdamW over all parameters that train, as in Keras: biases and norms decay, too.
 
   Args:
-    config: learning_rate, weight_decay, independent_weight_decay, b1, b2, epsilon. The decay is
-      multiplied by the learning rate (Keras 3, optax: param -= learning_rate * weight_decay *
-      param). With `independent_weight_decay` neither the learning rate nor the plateau changes it
-      (TensorFlow Addons: param -= weight_decay * param).
+    config: learning_rate, weight_decay, independent_weight_decay, b1, b2, epsilon, layer_decay. The
+      decay is multiplied by the learning rate (Keras 3, optax: param -= learning_rate *
+      weight_decay * param). With `independent_weight_decay` neither the learning rate nor the
+      plateau changes it (TensorFlow Addons: param -= weight_decay * param). `layer_decay`: see
+      `learning_rate_factors`.
+    freeze: as for `split_frozen`.
   Returns:
-    A transformation whose `update(grads, state, params, learning_rate_scale=scale)` multiplies the
-    learning rate by the plateau's scale (float or float32 []) in that step.
+    A transformation for all parameters; its state, gradients and updates are trees of those that
+    train. `update(grads, state, params, learning_rate_scale=scale)` multiplies the learning rate by
+    the plateau's scale (float or float32 []) in that step.
   Follows Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2.
   """
   adam = scale_by_keras_adam(b1=config.b1, b2=config.b2, epsilon=config.epsilon)
   learning_rate = _scale_by_learning_rate(config.learning_rate)
   if config.independent_weight_decay:
-    return optax.chain(adam, learning_rate, optax.add_decayed_weights(-config.weight_decay))
-  return optax.chain(adam, optax.add_decayed_weights(config.weight_decay), learning_rate)
+    chain = optax.chain(adam, learning_rate, optax.add_decayed_weights(-config.weight_decay))
+  else:
+    chain = optax.chain(adam, optax.add_decayed_weights(config.weight_decay), learning_rate)
+
+  def init(params):
+    return chain.init(split_frozen(params, freeze)[0])
+
+  def update(grads, state, params, **extra_args):
+    trained, _ = split_frozen(params, freeze)
+    if config.layer_decay != 1.0:
+      factors = learning_rate_factors(params, config.layer_decay)
+      extra_args["factors"] = {name: factors[name] for name in flatten_dict(trained, sep="/")}
+    return chain.update(grads, state, trained, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def split_frozen(params: dict, freeze: Sequence[str]) -> tuple[dict, dict]:
+  """The parameters that train, and those that do not: two trees that `join` makes one again.
+
+  Args:
+    params: of a model, or a tree with the same names.
+    freeze: what does not train, beginnings of paths such as "patch_embed" or "latent/block0";
+      "backbone" is all but the head.
+  Raises:
+    ConfigError: one of `freeze` is not there, or nothing is left to train.
+  """
+  if not freeze:
+    return params, {}
+  flat = flatten_dict(params, sep="/")
+  frozen: set[str] = set()
+  for beginning in freeze:
+    if beginning == _BACKBONE:
+      found = {name for name in flat if name.partition("/")[0] != _HEAD}
+    else:
+      found = {name for name in flat if f"{name}/".startswith(f"{beginning.rstrip('/')}/")}
+    if not found:
+      names = ", ".join([_BACKBONE, *params])
+      raise ConfigError(f"config.freeze: the model has no {shown(beginning)}: there are {names}")
+    frozen |= found
+  if len(frozen) == len(flat):
+    raise ConfigError("config.freeze: nothing is left to train")
+
+  def part(is_frozen: bool) -> dict:
+    return unflatten_dict({k: v for k, v in flat.items() if (k in frozen) == is_frozen}, sep="/")
+
+  return part(False), part(True)
+
+
+def join(trained: dict, frozen: dict) -> dict:
+  """The tree that `split_frozen` has split."""
+  if not frozen:
+    return trained
+  return unflatten_dict(flatten_dict(trained) | flatten_dict(frozen))
+
+
+def learning_rate_factors(params: dict, layer_decay: float) -> dict[str, float]:
+  """What the learning rate of each parameter is multiplied by, by its path.
+
+  layer_decay ** (the number of blocks + 1 - depth): lower layers learn less. Embeddings, positions,
+  latents and whatever else comes before the blocks are at depth 0, block i is at depth i + 1; the
+  norm after the blocks and the head have the full rate. Perceiver's blocks are those of its latent
+  transformer, and its cross-attention comes before them.
+  Follows Clark et al., "ELECTRA" (arXiv:2003.10555), and He et al., "MAE" (arXiv:2111.06377,
+  appendix A.1).
+  """
+  names = list(flatten_dict(params, sep="/"))
+  blocks = {name: int(found[1]) for name in names if (found := re.search(r"\bblock(\d+)/", name))}
+  top = max(blocks.values(), default=-1) + 2
+
+  def depth(name: str) -> int:
+    if name in blocks:
+      return blocks[name] + 1
+    return top if name.startswith(_AFTER_BLOCKS) else 0
+
+  return {name: layer_decay ** (top - depth(name)) for name in names}
 
 
 def scale_by_keras_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
@@ -58,10 +144,22 @@ def scale_by_keras_adam(b1: float, b2: float, epsilon: float) -> optax.GradientT
 
 
 def _scale_by_learning_rate(learning_rate: float) -> optax.GradientTransformationExtraArgs:
-  def update(updates, state, params=None, *, learning_rate_scale, **extra_args):
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    learning_rate_scale,
+    factors: Mapping[str, float] | None = None,
+    **extra_args,
+  ):
     del params, extra_args
     step_size = -learning_rate * learning_rate_scale
-    return jax.tree.map(lambda u: step_size * u, updates), state
+    if factors is None:
+      return jax.tree.map(lambda u: step_size * u, updates), state
+    flat = flatten_dict(updates, sep="/")
+    scaled = {name: factors[name] * step_size * u for name, u in flat.items()}
+    return unflatten_dict(scaled, sep="/"), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

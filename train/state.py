@@ -117,7 +117,7 @@ def init_state(
     step=jnp.zeros((), jnp.int32),
     epoch=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=optimizer.make_optimizer(config.optimizer).init(params),
+    opt_state=optimizer.make_optimizer(config.optimizer, config.freeze).init(params),
     plateau=optimizer.make_plateau(config.plateau).init(params),
     best=optimizer.init_best(optimizer.BEST[config.best_metric]),
     sums=Sums.zero(),

@@ -6,7 +6,7 @@ examples (gradients, loss, hits) are taken on each device, then over the devices
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import jax
@@ -23,7 +23,7 @@ from train.data.splits import AnySplit, DatasetInfo
 from train.devices.compile import compiler_options, in_background
 from train.devices.mesh import abstract, by_example, state_shardings
 from train.devices.reduction import sum_over_batch
-from train.optimizer import make_optimizer
+from train.optimizer import join, make_optimizer, split_frozen
 from train.state import (
   Sums,
   TrainState,
@@ -51,7 +51,8 @@ def make_train_step(
   step = functools.partial(
     train_step,
     model=make_model(config, num_classes),
-    optimizer=make_optimizer(config.optimizer),
+    optimizer=make_optimizer(config.optimizer, config.freeze),
+    freeze=config.freeze,
     augmentation=augment.options(config),
     skip_nonfinite=config.nonfinite == "skip",
     microbatch=microbatch,
@@ -150,6 +151,7 @@ def train_step(
   *,
   model: nn.Module,
   optimizer: optax.GradientTransformationExtraArgs,
+  freeze: Sequence[str],
   augmentation: dict,
   skip_nonfinite: bool,
   microbatch: int,
@@ -165,14 +167,16 @@ def train_step(
 
   Args:
     batch: the global batch; examples whose mask is False are ignored.
+    freeze: as for `optimizer.split_frozen`; these arrays have no gradients.
     augmentation: from `augment.options`.
     microbatch: images that a device computes at a time; divides its part of the batch.
   Returns:
     The next state, and the sums over this batch, taken before the update; their loss is NaN if no
     update was made.
   """
-  gradients = make_gradients(state, model, augmentation)
-  template = (state.params, state.sums)
+  gradients = make_gradients(state, model, augmentation, freeze)
+  trained, frozen = split_frozen(state.params, freeze)
+  template = (trained, state.sums)
   grads, sums = sum_over_batch(
     gradients, template, state.params, batch, microbatch, mesh, on_device=_mark_overflow
   )
@@ -183,7 +187,7 @@ def train_step(
   )
   updated = state.replace(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=join(optax.apply_updates(trained, updates), frozen),
     opt_state=opt_state,
     sums=jax.tree.map(jnp.add, state.sums, sums),
   )
@@ -196,10 +200,24 @@ def train_step(
   return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh)), sums
 
 
-def make_gradients(state: TrainState, model: nn.Module, augmentation: dict) -> Callable:
-  """Makes (params, examples, positions) -> (gradients of `loss` at the state's step, Sums)."""
+def make_gradients(
+  state: TrainState, model: nn.Module, augmentation: dict, freeze: Sequence[str] = ()
+) -> Callable:
+  """Makes (params, examples, positions) -> (gradients of `loss` at the state's step, Sums).
+
+  The gradients are a tree of the parameters that train: none is computed for those in `freeze`.
+  """
   at_step = functools.partial(loss, state=state, model=model, augmentation=augmentation)
-  return jax.grad(at_step, has_aux=True)
+
+  def gradients(params: dict, examples: Batch, positions: Array) -> tuple[dict, Sums]:
+    trained, frozen = split_frozen(params, freeze)
+
+    def of_trained(trained: dict) -> tuple[Array, Sums]:
+      return at_step(join(trained, frozen), examples, positions)
+
+    return jax.grad(of_trained, has_aux=True)(trained)
+
+  return gradients
 
 
 def overflow(gradients: dict) -> Array:

@@ -40,8 +40,8 @@ def read(folder: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       "image_size": config["model"]["image_size"],
       "mean": [float(x) / 255 for x in weights["mean"]],
       "std": [float(x) ** 0.5 / 255 for x in weights["variance"]],
-      "interpolation": data.get("interpolation", "bilinear"),
-      "crop": data.get("crop", 1.0),
+      "interpolation": data.get("interpolation") or "bilinear",
+      "crop": data.get("crop") or 1.0,
     },
   }
   own["fields"]["num_classes"] = len(dataset["class_names"])

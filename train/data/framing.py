@@ -27,9 +27,12 @@ class Framing(NamedTuple):
 
   @classmethod
   def of(cls, data_config: ConfigDict) -> "Framing":
-    """The framing of `config.data`."""
+    """The framing of `config.data`; None there are the defaults here."""
     return cls(
-      data_config.crop, data_config.crop_mode, data_config.interpolation, data_config.decode_size
+      data_config.crop or 1.0,
+      data_config.crop_mode,
+      data_config.interpolation or "bilinear",
+      data_config.decode_size,
     )
 
   def shape_in_memory(

@@ -209,6 +209,15 @@ def read_config(workdir: epath.Path) -> ConfigDict:
   return config
 
 
+def begun_config(workdir: epath.Path) -> ConfigDict | None:
+  """The config of the run that can go on in `workdir`; None: what begins there is a new run.
+
+  Raises:
+    WorkdirError: it is damaged.
+  """
+  return read_config(workdir) if _valuable(workdir) else None
+
+
 def read_dataset(workdir: epath.Path) -> DatasetInfo:
   """The description of the dataset that the run in `workdir` was trained on.
 
