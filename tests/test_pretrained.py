@@ -3,6 +3,7 @@
 tests/test_peers.py compares logits with the projects that the weights come from.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import GOLDEN
 from etils import epath
 
 import mlp_models
@@ -136,6 +138,25 @@ def test_grids_need_not_be_square_and_class_tokens_stay(old, new, class_tokens):
   np.testing.assert_allclose(same, embedding, atol=1e-6)
   with pytest.raises(ValueError, match="position embeddings are not"):
     resample(embedding, old, new, class_tokens + 1)
+
+
+def test_a_grid_that_is_not_square_is_known_by_its_config(tmp_path):
+  folder = GOLDEN / "peers" / "timm_vit_cls"
+  arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+  config = json.loads((folder / "config.json").read_text())
+  patch_size, width = arrays["patch_embed.proj.weight"].shape[-1], arrays["pos_embed"].shape[-1]
+  rows = np.random.default_rng(0).normal(size=(1, 1 + 2 * 3, width)).astype(np.float32)
+  safetensors.numpy.save_file(arrays | {"pos_embed": rows}, tmp_path / "model.safetensors")
+  with pytest.raises(mlp_models.WeightsError, match="6 tokens, which make no square grid"):
+    load(tmp_path)
+  config["pretrained_cfg"]["input_size"] = [3, 2 * patch_size, 3 * patch_size]
+  del config["model_args"]["img_size"]
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  model, params, _, said = load(tmp_path)
+  assert model.image_size == 2 * patch_size
+  assert "resampled from 2 x 3 to 2 x 2 patches" in said
+  expected = resample(rows[0], (2, 3), (2, 2), class_tokens=1)
+  np.testing.assert_array_equal(params["position"]["embedding"], expected)
 
 
 @pytest.mark.parametrize("name", ["model.bin", "vit.pth", "a.pt", "x.ckpt", "x.pth.tar"])

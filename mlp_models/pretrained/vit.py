@@ -145,11 +145,10 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
 
 def _timm_image_shape(config: Config) -> Sequence[int] | None:
   """(H, W) of the images; None if the config does not say."""
-  size = (config.get("model_args") or {}).get("img_size")
-  if isinstance(size, list | tuple):
-    return size
-  found = {**config, **(config.get("pretrained_cfg") or {})}
-  return None if size else (found.get("input_size") or [3, None])[1:] or None
+  if size := (config.get("model_args") or {}).get("img_size"):
+    return size if isinstance(size, list | tuple) else None
+  found = {**config, **(config.get("pretrained_cfg") or {})}.get("input_size")
+  return found[1:] if found else None
 
 
 def _timm_pool(shapes: Shapes, global_pool: str | None) -> str:
