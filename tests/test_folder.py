@@ -146,6 +146,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_no_image_is_skipped_or_repeated_around_a_kill(tmp_path):
   # 150 classes of one image each, so that a label names an image. 10 steps per epoch.
   for i in range(150):

@@ -66,6 +66,7 @@ def on_one_process(shapes100, tmp_path_factory) -> Path:
   return folder
 
 
+@pytest.mark.slow
 def test_two_processes_are_killed_restarted_and_equal_one(on_one_process, tmp_path):
   folder = tmp_path / "run"
   launcher = start(folder, command=on_processes(2, 2))

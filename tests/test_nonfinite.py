@@ -233,6 +233,7 @@ def failure(config, folder) -> str:
   return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_stops_again_at_the_same_step_and_can_skip_it(
   run_config, monkeypatch, tmp_path, capsys
 ):

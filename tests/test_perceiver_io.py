@@ -147,6 +147,7 @@ def training(unrolled):
   return logits, grads
 
 
+@pytest.mark.slow
 def test_loop_with_remat_is_the_unrolled_iterations_with_their_dropout():
   (logits, grads), (expected, expected_grads) = training(unrolled=False), training(unrolled=True)
   assert np.abs(logits - evaluation()).max() > 0.1 * np.abs(evaluation()).max()  # dropout is on

@@ -18,6 +18,7 @@ from conftest import GOLDEN
 from etils import epath
 
 import mlp_models
+from mlp_models.__main__ import size_of
 from mlp_models.pretrained import describe
 from mlp_models.pretrained.positions import resample
 from train.data.framing import Framing
@@ -220,6 +221,13 @@ def test_a_saved_file_replaces_another_only_when_it_is_whole(weights, tmp_path, 
     mlp_models.save(file, model, params, layout="keras")
 
 
+def test_the_size_of_a_model_is_counted_without_running_it():
+  T, D = 64, 256
+  embedding, block, head = T * 192 * D, 2 * T * T * D + 2 * T * D * T, D * 100
+  assert size_of("mixer", "keras") == (64, 242_788, 2 * (embedding + 4 * block + head))
+
+
+@pytest.mark.slow
 def test_the_list_of_models_fits_a_terminal_and_names_every_variant():
   command = [sys.executable, "-m", "mlp_models"]
   lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
