@@ -104,7 +104,9 @@ def test_half_precision_is_read_as_float32(weights, tmp_path):
 
 @pytest.mark.parametrize("image_size", [16, 24])
 def test_weights_over_tokens_fit_one_number_of_patches(weights, image_size):
-  with pytest.raises(mlp_models.WeightsError, match=r"spatial/.*\(4,.*image_size and patch_size"):
+  with pytest.raises(
+    mlp_models.WeightsError, match=r"spatial/.*\(4,.*: image_size 8 with patch_size 4$"
+  ):
     load(weights[2], image_size=image_size)
 
 

@@ -113,8 +113,7 @@ def load(
   if num_classes is None:
     num_classes = len(names) or found.fields["num_classes"]
   model = registry.create(found.name, **found.fields | overrides | {"num_classes": num_classes})
-  patch_size = found.fields.get("patch_size")
-  fit = Fit(_read(opened, rules), model, patch_size, opened.said, say)
+  fit = Fit(_read(opened, rules), model, found.fields, opened.said, say)
   fit.head(found.class_names, names, found.fields["num_classes"])
   fit.positions(found.grid)
   params = unflatten_dict(fit.params(found.lacks, seed), sep="/")

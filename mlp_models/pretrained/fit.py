@@ -24,7 +24,7 @@ class Fit:
 
   arrays: by path; the methods change them.
   model: the module that they are for.
-  patch_size: of the weights.
+  fields: of the weights' own model.
   said: the source, for messages.
   say: called with each line.
   """
@@ -33,13 +33,14 @@ class Fit:
     self,
     arrays: Arrays,
     model: Any,
-    patch_size: int | None,
+    fields: Mapping[str, Any],
     said: str,
     say: Callable[[str], object],
   ):
-    self.arrays, self._model, self._said, self._say = arrays, model, said, say
+    self.arrays, self._model, self._fields = arrays, model, fields
+    self._said, self._say = said, say
     self._images = jax.ShapeDtypeStruct(
-      _image_shape(arrays, model.image_size, patch_size), jnp.float32
+      _image_shape(arrays, model.image_size, fields.get("patch_size")), jnp.float32
     )
     shapes = jax.eval_shape(model.init, jax.random.key(0), self._images)["params"]
     self._shapes = {path: x.shape for path, x in flatten_dict(shapes, sep="/").items()}
@@ -134,7 +135,7 @@ class Fit:
       text += f"; and {len(lines) - 3} more of other shapes"
     if any(part in path for path in wrong for part in _OVER_TOKENS):
       text += ". Weights over tokens fit one number of patches only: "
-      text += "keep the weights' image_size and patch_size"
+      text += "image_size {image_size} with patch_size {patch_size}".format(**self._fields)
     return text
 
 
