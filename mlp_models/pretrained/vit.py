@@ -71,6 +71,12 @@ def _is_square(number: int) -> bool:
   return math.isqrt(number) ** 2 == number
 
 
+def _are_patches(positions: tuple[int, ...], fields: Fields) -> bool:
+  """Whether position embeddings of this shape are those of the patches alone."""
+  rows = positions[-2]
+  return rows == math.prod(fields["grid"]) if "grid" in fields else _is_square(rows)
+
+
 def _num_heads(width: int, known: int | None) -> tuple[int, list[str]]:
   """The number of heads, and what to say if it is not known but a convention."""
   if known:
@@ -85,9 +91,7 @@ def token_rules(fields: Fields, shapes: Shapes, cls: str, position: str | None) 
   has_class_token = fields["class_token"] or fields["pool"] == "cls"
   if has_class_token:
     rules.append(reshaped(cls, "class_token", (1, 1, width), (width,)))
-  rows = shapes[position][-2] if position in shapes else None
-  grid = fields.get("grid")
-  if has_class_token and rows and (rows == math.prod(grid) if grid else _is_square(rows)):
+  if position and position in shapes and has_class_token and _are_patches(shapes[position], fields):
     # The class token has no position: zeros in ours.
     zeros = np.zeros((1, width), np.float32)
     rules.append(
