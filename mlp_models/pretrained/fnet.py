@@ -7,21 +7,16 @@ start anew, with the head.
 from mlp_models.pretrained import rules
 from mlp_models.pretrained.rules import Config, Fields, Layout, Rule, Shapes
 
-_GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "exact"}
-
 
 def _fields(shapes: Shapes, config: Config) -> Fields:
   hidden_units, width = shapes["encoder.layer.0.intermediate.dense.weight"]
-  gelu = config.get("hidden_act", "gelu_new")
-  if gelu not in _GELUS:
-    raise ValueError(f"hidden_act is {gelu!r}, known are {', '.join(_GELUS)}")
   return {
     "image_size": 224,
     "patch_size": 16,
     "width": width,
     "num_blocks": rules.count(shapes, "encoder.layer.{}."),
     "hidden_units": hidden_units,
-    "gelu": _GELUS[gelu],
+    "gelu": rules.transformers_gelu(config, "gelu_new"),
     "norm_epsilon": config.get("layer_norm_eps", 1e-12),
     "num_classes": 0,
   }

@@ -14,6 +14,7 @@ from mlp_models.pretrained.rules import (
   norm,
   same,
   square_side,
+  transformers_gelu,
 )
 
 _INPUT = "perceiver.input_preprocessor"
@@ -31,7 +32,6 @@ _HEAD = f"{_DECODER}.final_layer"
 _BATCH_NORM_EPSILON = 1e-5
 # What no shape tells, in the published models.
 _PUBLISHED = {"num_blocks": 8, "num_self_attention_heads": 8, "num_cross_attention_heads": 1}
-_GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 
 
 def _fields(shapes: Shapes, config: Config) -> Fields:
@@ -40,8 +40,6 @@ def _fields(shapes: Shapes, config: Config) -> Fields:
   note = f"without a config.json: {values}, as in the published models"
   if not config.get("use_query_residual", True):
     raise ValueError("use_query_residual is False: the latents need their residual")
-  if (gelu := config.get("hidden_act", "gelu")) not in _GELUS:
-    raise ValueError(f"hidden_act is {gelu!r}, known are {', '.join(_GELUS)}")
   known = _PUBLISHED | {key: config[key] for key in _PUBLISHED if key in config}
   num_latents, width = shapes[_LATENTS]
   block, cross = _BLOCK.format(0), f"{_CROSS}.attention.self"
@@ -60,7 +58,7 @@ def _fields(shapes: Shapes, config: Config) -> Fields:
     "cross_v_channels": _unless(cross_qk_channels, shapes[f"{cross}.value.weight"][0]),
     "cross_widening": shapes[f"{_CROSS}.mlp.dense1.weight"][0] // width,
     "num_classes": shapes.get(f"{_HEAD}.weight", (0,))[0],
-    "gelu": _GELUS[gelu],
+    "gelu": transformers_gelu(config, "gelu"),
   }
 
 

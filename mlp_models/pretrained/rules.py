@@ -15,6 +15,14 @@ Fields = dict[str, Any]  # of a model's class
 Config = Mapping[str, Any]  # the content of the config.json beside the weights; {} if there is none
 
 
+_TRANSFORMERS_GELUS = {
+  "gelu": "exact",
+  "gelu_new": "tanh",
+  "gelu_fast": "tanh",
+  "gelu_pytorch_tanh": "tanh",
+}
+
+
 class Rule(NamedTuple):
   """One of their arrays, and the parameters that it holds."""
 
@@ -125,6 +133,15 @@ def out_of_heads(theirs: str, ours: str, num_heads: int) -> list[Rule]:
     Rule(f"{theirs}.weight", (f"{ours}/kernel",), to_ours, to_theirs),
     same(f"{theirs}.bias", f"{ours}/bias"),
   ]
+
+
+def transformers_gelu(config: Config, default: str) -> str:
+  """The field `gelu` from transformers' hidden_act. Raises ValueError if it is none of gelu."""
+  activation = config.get("hidden_act", default)
+  if activation not in _TRANSFORMERS_GELUS:
+    known = ", ".join(_TRANSFORMERS_GELUS)
+    raise ValueError(f"hidden_act is {activation!r}, known are {known}")
+  return _TRANSFORMERS_GELUS[activation]
 
 
 def count(shapes: Shapes, pattern: str) -> int:

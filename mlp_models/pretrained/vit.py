@@ -26,6 +26,7 @@ from mlp_models.pretrained.rules import (
   out_of_heads,
   reshaped,
   square_side,
+  transformers_gelu,
 )
 
 QKV = ("query", "key", "value")
@@ -204,15 +205,11 @@ def _mlp(first: str, second: str, ours: str) -> list[Rule]:
 
 # transformers.
 
-_GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-
 
 def _transformers_fields(shapes: Shapes, config: Config) -> Fields:
   width, _, *patch = shapes["embeddings.patch_embeddings.projection.weight"]
   block, names = _transformers_names(shapes)
-  activation, image_size = config.get("hidden_act", "gelu"), config.get("image_size")
-  if activation not in _GELUS:
-    raise ValueError(f"hidden_act {activation!r} is not supported")
+  image_size = config.get("image_size")
   num_heads, notes = _num_heads(width, config.get("num_attention_heads"))
   return vit_fields(
     patches=(width, *patch),
@@ -225,7 +222,7 @@ def _transformers_fields(shapes: Shapes, config: Config) -> Fields:
     hidden=shapes[f"{block.format(0)}.{names['dense0']}.weight"][0],
     pool="cls",
     has_class_token=True,
-    gelu=_GELUS[activation],
+    gelu=transformers_gelu(config, "gelu"),
     norm_epsilon=config.get("layer_norm_eps", 1e-12),
   )
 
