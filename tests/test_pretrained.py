@@ -109,9 +109,13 @@ def test_weights_over_tokens_fit_one_number_of_patches(weights, image_size):
     load(weights[2], image_size=image_size)
 
 
-def test_the_same_grid_of_larger_patches_is_no_mismatch_of_tokens(weights):
-  with pytest.raises(mlp_models.WeightsError, match=r"patch_embed/kernel \(48, 16\).*\(192, 16\)"):
-    load(weights[2], image_size=16, patch_size=8)
+@pytest.mark.parametrize(("image_size", "patch_size", "inputs"), [(16, 8, 192), (4, 2, 12)])
+def test_patches_of_another_size_are_no_mismatch_of_tokens_or_channels(
+  image_size, patch_size, inputs, weights
+):
+  match = rf"patch_embed/kernel \(48, 16\).*\({inputs}, 16\)"
+  with pytest.raises(mlp_models.WeightsError, match=match):
+    load(weights[2], image_size=image_size, patch_size=patch_size)
 
 
 def test_positions_are_resampled_and_said(tmp_path):
@@ -142,22 +146,25 @@ def test_grids_need_not_be_square_and_class_tokens_stay(old, new, class_tokens):
     resample(embedding, old, new, class_tokens + 1)
 
 
-def test_a_grid_that_is_not_square_is_known_by_its_config(tmp_path):
+# 2 x 4 patches and a class token are 9 rows, as are 3 x 3 patches without one.
+@pytest.mark.parametrize("columns", [3, 4])
+def test_a_grid_that_is_not_square_is_known_by_its_config(columns, tmp_path):
   folder = GOLDEN / "peers" / "timm_vit_cls"
   arrays = safetensors.numpy.load_file(folder / "model.safetensors")
   config = json.loads((folder / "config.json").read_text())
   patch_size, width = arrays["patch_embed.proj.weight"].shape[-1], arrays["pos_embed"].shape[-1]
-  rows = np.random.default_rng(0).normal(size=(1, 1 + 2 * 3, width)).astype(np.float32)
+  rows = np.random.default_rng(0).normal(size=(1, 1 + 2 * columns, width)).astype(np.float32)
   safetensors.numpy.save_file(arrays | {"pos_embed": rows}, tmp_path / "model.safetensors")
-  with pytest.raises(mlp_models.WeightsError, match="6 tokens, which make no square grid"):
-    load(tmp_path)
-  config["pretrained_cfg"]["input_size"] = [3, 2 * patch_size, 3 * patch_size]
+  if columns == 3:
+    with pytest.raises(mlp_models.WeightsError, match="6 tokens, which make no square grid"):
+      load(tmp_path)
+  config["pretrained_cfg"]["input_size"] = [3, 2 * patch_size, columns * patch_size]
   del config["model_args"]["img_size"]
   (tmp_path / "config.json").write_text(json.dumps(config))
   model, params, _, said = load(tmp_path)
   assert model.image_size == 2 * patch_size
-  assert "resampled from 2 x 3 to 2 x 2 patches" in said
-  expected = resample(rows[0], (2, 3), (2, 2), class_tokens=1)
+  assert f"resampled from 2 x {columns} to 2 x 2 patches" in said
+  expected = resample(rows[0], (2, columns), (2, 2), class_tokens=1)
   np.testing.assert_array_equal(params["position"]["embedding"], expected)
 
 
@@ -184,6 +191,7 @@ def test_what_is_no_weights_is_one_line_that_names_it(tmp_path, monkeypatch):
   refused(tmp_path / "pickled.npz", "pickled.npz can't be read")
   refused(tmp_path / "other.npz", "no known model has arrays named x0, x1, x2 and 2 more; known")
   refused(tmp_path / "nowhere", "nowhere: there is no such file")
+  refused("https://example.org/x.safetensors", "https://example.org/x.safetensors can't be read")
   (tmp_path / "empty").mkdir()
   refused(tmp_path / "empty", "holds no model.safetensors")
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -213,6 +221,25 @@ def test_the_hub_gives_a_folder_of_a_revision(monkeypatch, tmp_path):
     load("hf://org/pickles")
 
 
+@pytest.mark.parametrize(
+  "config",
+  [{"model_args": [1]}, {"mean": 5}, {"id2label": ["a"]}, {"model_args": {"img_size": [16, 0]}}],
+)
+def test_a_damaged_config_is_one_line(config, tmp_path):
+  shutil.copy(GOLDEN / "peers" / "timm_vit_cls" / "model.safetensors", tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(mlp_models.WeightsError, match=f"{tmp_path}, in the names of timm: "):
+    load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["../x.safetensors", "/x.safetensors", 1])
+def test_an_index_names_files_of_its_folder_only(part, tmp_path):
+  index = {"weight_map": {"a": part} if part != 1 else [1]}
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+  with pytest.raises(mlp_models.WeightsError, match="index.json names no files of its folder"):
+    load(tmp_path)
+
+
 def test_another_architecture_is_refused_by_the_names_of_its_arrays(weights, tmp_path):
   _, _, file, _ = weights
   arrays = safetensors.numpy.load_file(file)
@@ -229,6 +256,7 @@ def test_another_architecture_is_refused_by_the_names_of_its_arrays(weights, tmp
   refused(arrays | {"norm9/scale": np.zeros(2, np.float32)}, "has norm9/scale")
   wrong = arrays | {"block0/proj_out/bias": np.zeros(9, np.float32)}
   refused(wrong, r"block0/proj_out/bias \(9,\), the model \(16,\)")
+  refused({k: x for k, x in arrays.items() if k != "head/bias"}, "lacks head/bias")
 
 
 def test_a_saved_file_replaces_another_only_when_it_is_whole(weights, tmp_path, monkeypatch):

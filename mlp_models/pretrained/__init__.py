@@ -113,7 +113,8 @@ def load(
   if num_classes is None:
     num_classes = len(names) or found.fields["num_classes"]
   model = registry.create(found.name, **found.fields | overrides | {"num_classes": num_classes})
-  fit = Fit(_read(opened, rules), model, opened.said, say)
+  patch_size = found.fields.get("patch_size")
+  fit = Fit(_read(opened, rules), model, patch_size, opened.said, say)
   fit.head(found.class_names, names, found.fields["num_classes"])
   fit.positions(found.grid)
   params = unflatten_dict(fit.params(found.lacks, seed), sep="/")
@@ -186,20 +187,21 @@ def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
       for rule in rules
       if rule.theirs in full
     }
-  except (IndexError, KeyError, TypeError, ValueError) as error:
+    found = Found(
+      name=layout.family,
+      fields={key: value for key, value in fields.items() if key not in ("grid", "notes")},
+      class_names=_class_names(opened.config, fields["num_classes"]),
+      preprocessing=_preprocessing.of(layout.project, opened.config, fields["image_size"]),
+      project=layout.project,
+      grid=fields.get("grid"),
+      lacks=layout.lacks,
+      notes=tuple(fields.get("notes", ())),
+    )
+    registry.create(found.name, **found.fields)
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # also of configs
     reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
     raise WeightsError(f"{opened.said}, in the names of {layout.project}: {reason}") from None
   require_all_used(layout, rules, full, opened.said)
-  found = Found(
-    name=layout.family,
-    fields={key: value for key, value in fields.items() if key not in ("grid", "notes")},
-    class_names=_class_names(opened.config, fields["num_classes"]),
-    preprocessing=_preprocessing.of(layout.project, opened.config, fields["image_size"]),
-    project=layout.project,
-    grid=fields.get("grid"),
-    lacks=layout.lacks,
-    notes=tuple(fields.get("notes", ())),
-  )
   return found, by_full_name
 
 

@@ -24,13 +24,23 @@ class Fit:
 
   arrays: by path; the methods change them.
   model: the module that they are for.
+  patch_size: of the weights.
   said: the source, for messages.
   say: called with each line.
   """
 
-  def __init__(self, arrays: Arrays, model: Any, said: str, say: Callable[[str], object]):
+  def __init__(
+    self,
+    arrays: Arrays,
+    model: Any,
+    patch_size: int | None,
+    said: str,
+    say: Callable[[str], object],
+  ):
     self.arrays, self._model, self._said, self._say = arrays, model, said, say
-    self._images = jax.ShapeDtypeStruct(_image_shape(arrays, model), jnp.float32)
+    self._images = jax.ShapeDtypeStruct(
+      _image_shape(arrays, model.image_size, patch_size), jnp.float32
+    )
     shapes = jax.eval_shape(model.init, jax.random.key(0), self._images)["params"]
     self._shapes = {path: x.shape for path, x in flatten_dict(shapes, sep="/").items()}
 
@@ -88,12 +98,13 @@ class Fit:
     """The model's parameters; those that the weights lack start as in a new model.
 
     Args:
-      may_be_new: prefixes of paths, beside the head's.
+      may_be_new: prefixes of paths, beside those of a head that is new as a whole.
       seed: of the new ones.
     Raises:
       WeightsError: other arrays are missing, are too many, or have other shapes.
     """
-    allowed = (_HEAD, *may_be_new)
+    has_head = any(path.startswith(_HEAD) for path in self.arrays)
+    allowed = (*may_be_new, *(() if has_head else (_HEAD,)))
     missing = [path for path in self._shapes if path not in self.arrays]
     if lost := [path for path in missing if not path.startswith(allowed)]:
       raise WeightsError(f"{self._said} lacks {listed(lost)}")
@@ -127,11 +138,11 @@ class Fit:
     return text
 
 
-def _image_shape(arrays: Mapping[str, np.ndarray], model: Any) -> tuple[int, int, int, int]:
+def _image_shape(
+  arrays: Mapping[str, np.ndarray], size: int, patch_size: int | None
+) -> tuple[int, int, int, int]:
   """Of one image: the patch embedding knows the number of channels."""
-  size: int = model.image_size
   channels = 3
-  if "patch_embed/kernel" in arrays:
-    channels, rest = divmod(arrays["patch_embed/kernel"].shape[0], model.patch_size**2)
-    channels = 3 if rest else channels  # the shapes will be found to differ
+  if patch_size and "patch_embed/kernel" in arrays:
+    channels = arrays["patch_embed/kernel"].shape[0] // patch_size**2
   return 1, size, size, channels

@@ -56,7 +56,10 @@ def open_source(source: str | os.PathLike[str]) -> Source:
   if said.startswith(HUB):
     return _open_folder(_download(said))._replace(said=said)
   if "://" in said:
-    return _open_workdir(epath.Path(said))
+    try:
+      return _open_workdir(epath.Path(said))
+    except (ImportError, KeyError) as error:  # of epath, for what it has no way to
+      raise WeightsError(f"{said} can't be read: {_first_line(error)}") from None
   path = Path(os.path.expanduser(said))
   if path.name.endswith(_PICKLES):
     new = path.name.split(".")[0] + ".safetensors"
@@ -81,7 +84,7 @@ def _open_folder(path: Path) -> Source:
   if (path / "checkpoints").is_dir() and (path / "dataset.json").is_file():
     return _open_workdir(epath.Path(path.absolute()))
   if (index := path / "model.safetensors.index.json").is_file():
-    parts = sorted(set(_json(index).get("weight_map", {}).values()))
+    parts = _parts(index)
     return _open_safetensors([path / part for part in parts], path, _config(path))
   if (path / "model.safetensors").is_file():
     return _open_safetensors([path / "model.safetensors"], path, _config(path))
@@ -127,6 +130,15 @@ def _open_npz(path: Path) -> Source:
   except Exception as error:  # of zipfile, zlib and numpy
     raise WeightsError(f"{path} can't be read: {_first_line(error)}") from None
   return Source(str(path), {name: x.shape for name, x in loaded.items()}, loaded.__getitem__, {})
+
+
+def _parts(index: Path) -> list[str]:
+  """The names of the files that hold the arrays, all in the folder of the index."""
+  where = _json(index).get("weight_map")
+  parts = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
+  if not parts or any(part != Path(part).name for part in parts):
+    raise WeightsError(f"{index} names no files of its folder")
+  return parts
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -85,7 +85,14 @@ def token_rules(fields: Fields, shapes: Shapes, cls: str, position: str | None) 
   has_class_token = fields["class_token"] or fields["pool"] == "cls"
   if has_class_token:
     rules.append(reshaped(cls, "class_token", (1, 1, width), (width,)))
-  if position and has_class_token and position in shapes and _is_square(shapes[position][-2]):
+  rows = shapes[position][-2] if position in shapes else None
+  grid = fields.get("grid")
+  if (
+    position
+    and has_class_token
+    and rows
+    and (rows == math.prod(grid) if grid else _is_square(rows))
+  ):
     # The class token has no position: zeros in ours.
     zeros = np.zeros((1, width), np.float32)
     rules.append(
