@@ -85,7 +85,7 @@ def token_rules(fields: Fields, shapes: Shapes, cls: str, position: str | None) 
   has_class_token = fields["class_token"] or fields["pool"] == "cls"
   if has_class_token:
     rules.append(reshaped(cls, "class_token", (1, 1, width), (width,)))
-  rows = shapes[position][-2] if position in shapes else None
+  rows = shapes[position][-2] if position and position in shapes else None
   grid = fields.get("grid")
   if (
     position
