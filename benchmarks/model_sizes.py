@@ -17,7 +17,7 @@ from train import pretrained
 from train.data.splits import DatasetInfo
 from train.devices.mesh import make_mesh
 from train.state import abstract_state, make_init
-from train.step import lower_train_step, make_train_step
+from train.step import make_train_step, trace_train_step
 
 _IMAGES = 8  # in a step
 
@@ -35,7 +35,7 @@ def step_bytes(name: str, variant: str) -> int:
   mesh = make_mesh(devices=jax.devices()[:1])
   step = make_train_step(config, info.num_classes, _IMAGES, mesh)
   state = abstract_state(make_init(config, info, mesh), info)
-  memory = lower_train_step(step, state, config, info, mesh).compile().memory_analysis()
+  memory = trace_train_step(step, state, config, info, mesh).lower().compile().memory_analysis()
   assert memory is not None
   arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return arguments - memory.alias_size_in_bytes + memory.temp_size_in_bytes

@@ -39,7 +39,7 @@ def sent(models: list[str]) -> None:
   from train.devices import mesh
   from train.devices.compile import skip_missing_tpu
   from train.state import abstract_state, make_init
-  from train.step import lower_train_step, make_train_step
+  from train.step import make_train_step, trace_train_step
 
   skip_missing_tpu()
   jax.config.update("jax_num_cpu_devices", 8)
@@ -55,7 +55,7 @@ def sent(models: list[str]) -> None:
       microbatch = mesh.microbatch_size(config, devices)
       step = make_train_step(config, info.num_classes, microbatch, devices)
       state = abstract_state(make_init(config, info, devices), info)
-      text = lower_train_step(step, state, config, info, devices).compile().as_text()
+      text = trace_train_step(step, state, config, info, devices).lower().compile().as_text()
       total = dict.fromkeys(kinds, 0.0)
       for row in collectives.count(text):
         total[row.kind] += row.wire_bytes / 1e6

@@ -28,7 +28,7 @@ from train.data.batches import num_batches
 from train.devices.mesh import make_mesh, microbatch_size
 from train.errors import ConfigError, DataError, fail
 from train.state import abstract_state, make_init
-from train.step import lower_train_step, make_train_step
+from train.step import make_train_step, trace_train_step
 
 _INSTALL = (
   'planning needs the TPU compiler: pip install -c constraints.txt -e ".[plan]" '
@@ -105,7 +105,7 @@ def memory(config: ConfigDict, info: DatasetInfo, mesh: Mesh, chip: Chip) -> dic
     ),
     "available_gib": chip.hbm,
   }
-  lowered = lower_train_step(step, state, config, info, mesh)
+  lowered = trace_train_step(step, state, config, info, mesh).lower()
   began = time.perf_counter()
   try:
     compiled = lowered.compile()

@@ -16,14 +16,23 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
   Args:
     *arguments: of the function; arrays, or `jax.ShapeDtypeStruct`s in place of them.
   """
-  return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+  return flops_of(jax.make_jaxpr(function)(*arguments))
 
 
-def _of_jaxpr(jaxpr: Jaxpr) -> int:
-  return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def flops_of(jaxpr: ClosedJaxpr, repeated: bool = True) -> int:
+  """`count_flops` of a function that is traced already.
+
+  Args:
+    repeated: count a loop's body as often as it runs; False: once, as XLA does before it optimizes.
+  """
+  return _of_jaxpr(jaxpr.jaxpr, repeated)
 
 
-def _of_equation(equation: Any) -> int:
+def _of_jaxpr(jaxpr: Jaxpr, repeated: bool) -> int:
+  return sum(_of_equation(equation, repeated) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any, repeated: bool) -> int:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
@@ -37,10 +46,10 @@ def _of_equation(equation: Any) -> int:
   if name == "fft":
     shape, lengths = equation.invars[0].aval.shape, params["fft_lengths"]
     return int(5 * math.prod(shape) * math.log2(math.prod(lengths)))
-  inner = [_of_jaxpr(jaxpr) for jaxpr in _inner(params)]
+  inner = [_of_jaxpr(jaxpr, repeated) for jaxpr in _inner(params)]
   if name == "cond":  # one branch runs, such as that of a platform
     return max(inner)
-  times: int = params["length"] if name == "scan" else 1
+  times: int = params["length"] if name == "scan" and repeated else 1
   return times * sum(inner)
 
 

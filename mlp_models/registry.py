@@ -130,7 +130,8 @@ def variant_of(model: nn.Module) -> str | None:
 
 def _is_free(field: str) -> bool:
   """Whether models of one variant may differ in a field."""
-  free = ("num_classes", "image_size", "gelu")  # projects differ in gelu and epsilons
+  # Projects differ in gelu and epsilons, and pool in several ways.
+  free = ("num_classes", "image_size", "gelu", "pool", "class_token")
   return field.endswith(("_rate", "_init", "_epsilon")) or field in free
 
 

@@ -11,7 +11,7 @@ from launch.collectives import Collective
 from train.data import DatasetInfo
 from train.devices.mesh import make_mesh, microbatch_size, sharded_axis
 from train.state import abstract_state, make_init
-from train.step import lower_train_step, make_train_step
+from train.step import make_train_step, trace_train_step
 
 INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
 SUMS = 4 * 4  # float32: loss, two kinds of hits, examples
@@ -30,7 +30,7 @@ def train_step(data: int, fsdp: int) -> tuple[list[Collective], int, int]:
     else:
       sharded += 4 * math.prod(x.shape)
   assert sharded + replicated == 4 * 242_788
-  hlo = lower_train_step(step, state, config, INFO, mesh).compile().as_text()
+  hlo = trace_train_step(step, state, config, INFO, mesh).lower().compile().as_text()
   return collectives.count(hlo), sharded, replicated
 
 

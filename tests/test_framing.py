@@ -22,7 +22,7 @@ from train.devices.mesh import make_mesh
 from train.errors import ConfigError
 from train.run.workdir import read_config
 from train.state import abstract_state, make_init
-from train.step import lower_train_step, make_train_step
+from train.step import make_train_step, trace_train_step
 
 
 @settings(max_examples=200, deadline=None)
@@ -154,7 +154,7 @@ def test_limits_and_compiled_steps_follow_decode_size(photos):
   mesh, info = make_mesh(devices=jax.devices()[:1]), data.foresee(config.data)
   step = make_train_step(config, info.num_classes, 8, mesh)
   state = abstract_state(make_init(config, info, mesh), info)
-  lowered = lower_train_step(step, state, config, info, mesh)
+  lowered = trace_train_step(step, state, config, info, mesh).lower()
   assert f"tensor<1x{config.batch_size}x24x24x3xui8>" in lowered.as_text()
 
 

@@ -16,6 +16,7 @@ import pytest
 from conftest import GOLDEN
 
 import mlp_models
+from mlp_models.flops import count_flops
 from mlp_models.perceiver_tokens import fourier_features
 from mlp_models.pretrained import perceiver as layouts
 from mlp_models.pretrained import rules
@@ -324,3 +325,14 @@ def test_batch_norm_is_folded_into_a_scale_and_a_bias():
     (x - mean) / np.sqrt(variance + 1e-5) * weight + bias,
     atol=1e-6,
   )
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+  def flops(**fields):
+    model = small(**fields)
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return count_flops(model.apply, variables, images)
+
+  two, three, six = (flops(num_iterations=n) for n in (2, 3, 6))
+  assert six - two == 4 * (three - two) > 0

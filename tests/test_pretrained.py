@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,29 @@ def test_what_is_no_weights_is_one_line_that_names_it(tmp_path, monkeypatch):
   refused(tmp_path / "empty", "holds no model.safetensors")
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
   refused("hf://google/vit-base-patch16-224", "needs the package huggingface_hub")
+
+
+def test_the_hub_gives_a_folder_of_a_revision(monkeypatch, tmp_path):
+  """With a stand-in for the package: there may be no network."""
+  asked = []
+
+  def snapshot_download(name, revision, allow_patterns):
+    asked.append((name, revision, allow_patterns))
+    if name == "org/away":
+      raise ConnectionError("no network\nat all")
+    return str(GOLDEN / "peers" / "timm_vit_cls" if name == "org/vit" else tmp_path)
+
+  hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+  said = load("hf://org/vit@refs/pr/1")[-1]
+  assert said.startswith("hf://org/vit@refs/pr/1: vit")
+  load("hf://org/vit")
+  patterns = ["*.json", "*.safetensors"]
+  assert asked == [("org/vit", "refs/pr/1", patterns), ("org/vit", None, patterns)]
+  with pytest.raises(mlp_models.WeightsError, match=r"\(no network\).*name the folder"):
+    load("hf://org/away")
+  with pytest.raises(mlp_models.WeightsError, match="no safetensors.*hf://org/pickles@REVISION"):
+    load("hf://org/pickles")
 
 
 @pytest.mark.parametrize(

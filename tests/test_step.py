@@ -23,10 +23,10 @@ from train.state import Sums, abstract_state, init_state, make_init, make_model
 from train.step import (
   compile_in_background,
   loss,
-  lower_train_step,
   make_eval_step,
   make_train_step,
   sum_metrics,
+  trace_train_step,
 )
 
 BATCH = 32
@@ -215,7 +215,7 @@ def compiled_step(config, mesh, microbatch: int) -> jax.stages.Compiled:
   config.batch_size = BATCH
   step = make_train_step(config, 100, microbatch, mesh)
   state = abstract_state(make_init(config, INFO, mesh), INFO)
-  return lower_train_step(step, state, config, INFO, mesh).compile()
+  return trace_train_step(step, state, config, INFO, mesh).lower().compile()
 
 
 def collectives(hlo: str) -> dict[str, int]:

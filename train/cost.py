@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mlp_models.flops import flops_of
 from train.data.splits import DatasetInfo
 from train.devices.mesh import by_example, make_mesh
 from train.state import abstract_state, make_init
-from train.step import lower_train_step, make_train_step
+from train.step import make_train_step, trace_train_step
 
 
 def flops_per_image(
@@ -18,7 +19,8 @@ def flops_per_image(
 ) -> float:
   """Floating-point operations per image of a training step, by XLA's count before it optimizes.
 
-  The step has one microbatch on one device, because XLA counts a loop's body only once.
+  XLA counts a loop's body only once. So the step has one microbatch on one device, and a loop in
+  the model counts as often as it runs by its share of the products.
 
   Args:
     recomputed: also count the operations that `config.remat` repeats.
@@ -30,10 +32,11 @@ def flops_per_image(
   config.remat = config.remat and recomputed
   step = make_train_step(config, info.num_classes, config.batch_size, device)
   state = abstract_state(make_init(config, info, device), info)
-  lowered = lower_train_step(step, state, config, info, device, platform)
-  costs = lowered.cost_analysis()
+  traced = trace_train_step(step, state, config, info, device)
+  costs = traced.lower(lowering_platforms=(platform,) if platform else None).cost_analysis()
   assert costs is not None
-  return costs["flops"] / config.batch_size
+  repeats = flops_of(traced.jaxpr) / flops_of(traced.jaxpr, repeated=False)
+  return costs["flops"] * repeats / config.batch_size
 
 
 def matmul_peak(devices: Mesh, dtype: str) -> float:

@@ -66,20 +66,18 @@ def make_train_step(
   return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options(config, mesh))
 
 
-def lower_train_step(
+def trace_train_step(
   step: jax.stages.Wrapped,
   state: TrainState,
   config: ConfigDict,
   info: DatasetInfo,
   mesh: Mesh,
-  platform: str | None = None,
   steps: int | None = None,
-) -> jax.stages.Lowered:
-  """Lowers a step of `make_train_step` for the shapes of a call.
+) -> jax.stages.Traced:
+  """Traces a step of `make_train_step` for the shapes of a call; `lower` is what follows.
 
   Args:
     state: from `abstract_state`.
-    platform: to lower for, such as "tpu", even if absent here; None: that of the mesh.
     steps: of the call; None: as many as the first of an epoch has.
   """
   steps = steps or min(config.steps_per_call, _steps_per_epoch(config, info))
@@ -91,8 +89,7 @@ def lower_train_step(
     "mask": (steps_and_batch, jnp.bool),
   }
   batches = {key: jax.ShapeDtypeStruct(*shape) for key, shape in shapes.items()}
-  traced = step.trace(state, abstract(batches, by_example(mesh, axis=1)))
-  return traced.lower(lowering_platforms=(platform,) if platform else None)
+  return step.trace(state, abstract(batches, by_example(mesh, axis=1)))
 
 
 def _steps_per_epoch(config: ConfigDict, info: DatasetInfo) -> int:
@@ -120,12 +117,12 @@ def compile_in_background(
   def compile_all():
     began = time.perf_counter()
     state = abstract_state(init, info)
-    compiled = lower_train_step(step, state, config, info, mesh).compile()
+    compiled = trace_train_step(step, state, config, info, mesh).lower().compile()
     seconds = time.perf_counter() - began
     init.lower(*abstract_statistics(info)).compile()
     steps = _steps_per_epoch(config, info)
     if steps > config.steps_per_call and (rest := steps % config.steps_per_call):
-      lower_train_step(step, state, config, info, mesh, steps=rest).compile()
+      trace_train_step(step, state, config, info, mesh, steps=rest).lower().compile()
     return compiled, seconds
 
   return in_background(compile_all)
