@@ -3,13 +3,16 @@
     python -m train.main --config configs/gmlp.py --workdir runs/gmlp
 
 885,348 parameters. Keras publishes 50.6 % top-1 after 50 epochs (with weight decay not multiplied
-by the learning rate: --config.optimizer.independent_weight_decay=True). Variant: smoke (seconds).
+by the learning rate: --config.optimizer.independent_weight_decay=True). Variants: smoke (seconds),
+finetune (weights on other images, with --config.init=FILE).
 """
 
 from configs import default
 
 
 def get_config(variant=None):
+  if variant == "finetune":
+    return default.finetune("gmlp", dropout_rate=0.0, drop_path_rate=0.0)
   config = default.get_config()
   config.model = {
     "name": "gmlp",
@@ -22,4 +25,4 @@ def get_config(variant=None):
   config.cpu_microbatch = 4  # the fastest by train.bench --tune
   config.optimizer.learning_rate = 3e-3
   smoke = {"model.image_size": 32, "model.width": 32, "model.num_blocks": 2}
-  return default.apply_variant(config, variant, {"smoke": default.SMOKE | smoke})
+  return default.apply_variant(config, variant, {"smoke": default.SMOKE | smoke, "finetune": {}})

@@ -5,13 +5,16 @@
 9,697,637 parameters, 31 GFLOP per image and step. Keras publishes 53 % top-1, 81 % top-5
 after 40 epochs (with weight decay not multiplied by the learning rate:
 --config.optimizer.independent_weight_decay=True). Variants: small (for a laptop), smoke (seconds),
-imagenet (the paper's size, for a TPU slice; docs/planning.md says which).
+imagenet (the paper's model, for a TPU slice; docs/planning.md says which), finetune (weights on
+other images, with --config.init=FILE).
 """
 
 from configs import default
 
 
 def get_config(variant=None):
+  if variant == "finetune":
+    return default.finetune("perceiver", dropout_rate=0.0, attention_dropout_rate=0.0)
   config = default.get_config()
   config.model = {
     "name": "perceiver",
@@ -41,7 +44,7 @@ def get_config(variant=None):
       "dropout_rate": 0.0,
       "drop_path_rate": 0.0,
     }
-  variants = {"small": SMALL, "smoke": default.SMOKE | SMOKE, "imagenet": IMAGENET}
+  variants = {"small": SMALL, "smoke": default.SMOKE | SMOKE, "imagenet": IMAGENET, "finetune": {}}
   return default.apply_variant(config, variant, variants)
 
 

@@ -118,7 +118,7 @@ def _said_by_weights(source: str, given: dict[str, Any]) -> tuple[dict[str, Any]
     if found.name != name:
       raise ConfigError(
         f"config.init = {shown(source)}: the weights are of {found}, and config.model.name is "
-        f"{name!r}: choose configs/{found.name}.py"
+        f"{name!r}: choose configs/{found.name}.py:finetune"
       )
     # Before the dataset is looked at: do they fit?
     model, _, preprocessing = mlp_models.load(source, say=lambda line: None, **given)

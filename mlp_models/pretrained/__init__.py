@@ -29,6 +29,8 @@ from mlp_models.pretrained.sources import WeightsError as WeightsError
 
 Params = dict[str, Any]
 
+_ARGUMENTS = {"gelu": "act_layer", "norm_epsilon": "norm_layer"}  # timm's, by our fields
+
 
 class Found(NamedTuple):
   """What weights are, by their names, shapes and config; no array is read.
@@ -108,6 +110,8 @@ def load(
   for note in found.notes:
     say(note)
   names = tuple(class_names or ())
+  if len(set(names)) < len(names):
+    raise WeightsError("class_names holds a name twice")
   if names and num_classes not in (None, len(names)):
     raise WeightsError(f"num_classes is {num_classes}, and there are {len(names)} class_names")
   if num_classes is None:
@@ -128,6 +132,7 @@ def save(
   class_names: Sequence[str] = (),
   preprocessing: Preprocessing | None = None,
   layout: str = "ours",
+  say: Callable[[str], object] = print,
 ) -> None:
   """Writes weights as safetensors; an existing file is replaced once the new one is whole.
 
@@ -137,6 +142,7 @@ def save(
     class_names: in order; () if they are unknown.
     layout: "ours", from which `load` knows all that is given here, or "timm": the names of timm's
       model of the same family and sizes.
+    say: called with a line on what timm's model must be told, if its defaults differ.
   Raises:
     WeightsError: there is no such layout, or timm has no such model.
   """
@@ -147,7 +153,7 @@ def save(
   name, fields = registry.describe(model)
   metadata = {"format": "pt"}
   if layout == "timm":
-    flat = _in_timms_names(name, fields, flat)
+    flat = _in_timms_names(name, fields, flat, say)
   elif layout == "ours":
     own = {
       "fields": {"name": name} | fields,
@@ -243,7 +249,7 @@ def _class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]
 
 
 def _in_timms_names(
-  name: str, fields: Mapping[str, Any], flat: dict[str, np.ndarray]
+  name: str, fields: Mapping[str, Any], flat: dict[str, np.ndarray], say: Callable[[str], object]
 ) -> dict[str, np.ndarray]:
   """Our arrays in timm's names. Raises WeightsError if timm has no such model."""
   layout = next((x for x in LAYOUTS if (x.project, x.family) == ("timm", name)), None)
@@ -255,11 +261,17 @@ def _in_timms_names(
   arrays = invert(rules, flat)
   # Read back without a config, to see whether timm's model is this one.
   theirs = layout.fields({key: x.shape for key, x in arrays.items()}, {})
-  for field in theirs.keys() & fields.keys() - {"num_heads", "head_dim", "variant"}:
-    if not field.endswith(("_rate", "_init")) and theirs[field] != fields[field]:
+  told = []
+  for field in sorted(theirs.keys() & fields.keys() - {"num_heads", "head_dim", "variant"}):
+    if field.endswith(("_rate", "_init")) or theirs[field] == fields[field]:
+      continue
+    if field not in _ARGUMENTS:
       raise WeightsError(
         f"timm's {name} has {field} {theirs[field]!r}, and this model {fields[field]!r}"
       )
+    told.append(f"{_ARGUMENTS[field]} for {field} {fields[field]!r}")
+  if told:
+    say(f"timm's {name} is this model if it is made with {' and '.join(told)}")
   return arrays
 
 

@@ -28,6 +28,8 @@ def find_layout(source: Source) -> tuple[Layout, dict[str, str]]:
     full = {_without_prefix(name, layout.prefixes): name for name in source.shapes}
     if all(mark in full for mark in layout.marks):
       return layout, full
+  if not source.shapes:
+    raise WeightsError(f"{source.said} holds no array")
   known = ", ".join(sorted({f"{layout.project}'s {layout.family}" for layout in LAYOUTS}))
   raise WeightsError(
     f"{source.said}: no known model has arrays named {listed(source.shapes)}; known are {known}"
