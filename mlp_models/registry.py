@@ -160,12 +160,11 @@ def _checked(field: str, value: Any, default: Any) -> Any:
     value = tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(_is_size(units) for units in value):
       raise ValueError(f"{field} is {value!r}, it must hold positive integers")
-  elif field == "num_classes" and value == 0 and not isinstance(value, bool):
-    pass  # features
-  elif default is None and value is None:
-    pass
-  elif isinstance(default, int | None) and not _is_size(value):
-    raise ValueError(f"{field} is {value!r}, it must be a positive integer")
+  elif isinstance(default, int | None):
+    features = field == "num_classes" and value == 0 and not isinstance(value, bool)
+    by_itself = default is None and value is None
+    if not (features or by_itself or _is_size(value)):
+      raise ValueError(f"{field} is {value!r}, it must be a positive integer")
   return value
 
 

@@ -51,8 +51,9 @@ def shapes(model, size=8):
 @functools.cache
 def params():
   rng = np.random.default_rng(0)
-  draw = lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32)  # noqa: E731
-  return jax.tree.map(draw, shapes(small()))
+  return jax.tree.map(
+    lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), shapes(small())
+  )
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,8 @@ def test_batch_norm_is_folded_into_a_scale_and_a_bias():
       "running_var": variance,
     }.items()
   }
-  folded = rules.apply([rule for rule in layouts._conv() if rule.theirs in arrays], arrays)
+  table = {rule.theirs: rule for rule in layouts._conv() if rule.theirs in arrays}
+  folded = rules.apply(table, arrays.__getitem__)
   x = rng.normal(size=(5, 8))
   np.testing.assert_allclose(
     x * folded["conv_embed/scale"] + folded["conv_embed/bias"],

@@ -306,7 +306,9 @@ def test_class_tokens_without_a_position_are_known_by_the_number_of_rows(tmp_pat
   (timm,) = (layout for layout in LAYOUTS if layout.project == "timm")
   shapes = {name: x.shape for name, x in arrays.items()}
   table = timm.rules(timm.fields(shapes, {}), shapes)
-  returned = rules.invert(table, rules.apply(table, arrays))
+  returned = rules.invert(
+    table, rules.apply({rule.theirs: rule for rule in table}, arrays.__getitem__)
+  )
   assert returned["pos_embed"].shape == (1, 4, 64)
   jax.tree.map(np.testing.assert_array_equal, returned, arrays)
 

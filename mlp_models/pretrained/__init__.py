@@ -23,7 +23,7 @@ from mlp_models.pretrained import preprocessing as _preprocessing
 from mlp_models.pretrained.fit import Fit
 from mlp_models.pretrained.layouts import LAYOUTS, find_layout, listed, require_all_used
 from mlp_models.pretrained.preprocessing import Preprocessing as Preprocessing
-from mlp_models.pretrained.rules import Rule, invert
+from mlp_models.pretrained.rules import Rule, apply, invert
 from mlp_models.pretrained.sources import Source, open_source
 from mlp_models.pretrained.sources import WeightsError as WeightsError
 
@@ -223,20 +223,16 @@ def _describe_own(own: Mapping[str, Any], said: str) -> Found:
 
 def _read(opened: Source, rules: Mapping[str, Rule] | None) -> dict[str, np.ndarray]:
   """The arrays by our paths, float32."""
+
+  def read(name: str) -> np.ndarray:
+    return np.asarray(opened.read(name)).astype(np.float32)
+
   if rules is None:
-    return {name: _float32(opened.read(name)) for name in opened.shapes}
-  arrays: dict[str, np.ndarray] = {}
-  for name, rule in rules.items():
-    x, *beside = (_float32(opened.read(each)) for each in (name, *rule.beside))
-    try:
-      arrays |= zip(rule.ours, rule.to_ours(x, *beside), strict=True)
-    except ValueError as error:
-      raise WeightsError(f"{opened.said}: {name} has the shape {x.shape}: {error}") from None
-  return arrays
-
-
-def _float32(x: np.ndarray) -> np.ndarray:
-  return np.asarray(x).astype(np.float32)
+    return {name: read(name) for name in opened.shapes}
+  try:
+    return apply(rules, read)
+  except ValueError as error:
+    raise WeightsError(f"{opened.said}: {error}") from None
 
 
 def _class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:

@@ -24,15 +24,18 @@ _TRANSFORMERS_GELUS = {
 
 
 class Rule(NamedTuple):
-  """One of their arrays, and the parameters that it holds."""
+  """One of their arrays, and the parameters that it holds.
+
+  ours: paths such as "block0/norm1/scale"; several where query, key and value are one array.
+  to_ours: from theirs, and from those beside it.
+  beside: names of others of their arrays that `to_ours` needs.
+  """
 
   theirs: str
-  ours: tuple[
-    str, ...
-  ]  # paths such as "block0/norm1/scale"; several for query, key and value in one
-  to_ours: Callable[..., Sequence[np.ndarray]]  # from theirs, and those beside it
+  ours: tuple[str, ...]
+  to_ours: Callable[..., Sequence[np.ndarray]]
   to_theirs: Callable[[Sequence[np.ndarray]], np.ndarray]
-  beside: tuple[str, ...] = ()  # names of others of their arrays that `to_ours` needs
+  beside: tuple[str, ...] = ()
 
 
 class Layout(NamedTuple):
@@ -160,12 +163,22 @@ def square_side(num_tokens: int, what: str) -> int:
   return side
 
 
-def apply(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Our parameters by path, from their arrays. Raises KeyError if one of theirs is missing."""
+def apply(rules: Mapping[str, Rule], read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+  """Our parameters by path.
+
+  Args:
+    rules: by the names of their arrays in the file.
+    read: gives an array of the file by its name.
+  Raises:
+    ValueError: an array has a shape that its rule can't take.
+  """
   params: dict[str, np.ndarray] = {}
-  for rule in rules:
-    theirs = (arrays[name] for name in (rule.theirs, *rule.beside))
-    params.update(zip(rule.ours, rule.to_ours(*theirs), strict=True))
+  for name, rule in rules.items():
+    x, *beside = (read(each) for each in (name, *rule.beside))
+    try:
+      params |= zip(rule.ours, rule.to_ours(x, *beside), strict=True)
+    except ValueError as error:
+      raise ValueError(f"{name} has the shape {x.shape}: {error}") from None
   return params
 
 
