@@ -46,9 +46,11 @@ def get_config() -> ConfigDict:
   config.augment.flip = True  # mirror half of the images left to right
   config.augment.zoom = 0.2  # height and width, each by a factor within 1 +- zoom
   config.augment.rotation = 0.0  # within +- this fraction of a full turn
-  # Least area of a random crop, as a fraction of the image in memory, with an aspect ratio of 3/4
-  # to 4/3: usually 0.08 or 0.3. 0.0: none, training sees what evaluation does.
+  config.augment.shift = 0.0  # down and to the right, each within +- this fraction of the side
+  # Least area of a random crop, as a fraction of the image in memory: usually 0.08 or 0.3.
+  # 0.0: none, training sees what evaluation does.
   config.augment.crop = 0.0
+  config.augment.crop_aspect = 4 / 3  # most width / height of a crop, and height / width
 
   config.optimizer = _optimizer()
 

@@ -52,6 +52,8 @@ BAD = [
   ("--config.checkpoint_seconds=nan", "config.checkpoint_seconds = nan: a number above 0", 2),
   ("--config.checkpoint_seconds=inf", "config.checkpoint_seconds = inf: a number above 0", 2),
   ("--config.augment.zoom=nan", "config.augment.zoom = nan", 2),
+  ("--config.augment.shift=0.6", "config.augment.shift = 0.6: from 0 to 0.5 of a side", 2),
+  ("--config.augment.crop_aspect=0.5", "config.augment.crop_aspect = 0.5: from 1", 2),
   ("--config.augment.rotation=0.6", "config.augment.rotation = 0.6: from 0 to 0.5", 2),
   ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate = nan", 2),
   ("--config.optimizer.learning_rate=1e400", "config.optimizer.learning_rate = inf", 2),

@@ -60,9 +60,7 @@ def check_config(config: ConfigDict) -> None:
   require(0 <= config.seed < 2**32, "seed", "from 0 to 2**32 - 1")
   _check_data(config, require)
   require(0 < config.checkpoint_seconds < math.inf, "checkpoint_seconds", "a number above 0")
-  require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
-  require(0 <= config.augment.crop <= 1, "augment.crop", "from 0 (none) to 1")
-  require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
+  _check_augment(config.augment, require)
   for key in ("optimizer.learning_rate", "optimizer.epsilon", "plateau.min_delta"):
     require(0 < _get(config, key) < _FLOAT32, key, "a number above 0")
   require(0 <= config.optimizer.weight_decay < 1, "optimizer.weight_decay", "from 0 to below 1")
@@ -114,6 +112,15 @@ def _check_data(config: ConfigDict, require: Callable[[bool, str, str], None]) -
     require(
       are_numbers, f"data.{name}", f"numbers from {least} to {most:,}, for pixels of 0 to 255"
     )
+
+
+def _check_augment(augment: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+  """The part of `check_config` for `config.augment`."""
+  require(0 <= augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
+  require(0 <= augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
+  require(0 <= augment.shift <= 0.5, "augment.shift", "from 0 to 0.5 of a side")
+  require(0 <= augment.crop <= 1, "augment.crop", "from 0 (none) to 1")
+  require(1 <= augment.crop_aspect <= 100, "augment.crop_aspect", "from 1 (as the image) to 100")
 
 
 def check_memory(config: ConfigDict, mesh: Mesh) -> None:
