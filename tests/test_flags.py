@@ -54,6 +54,13 @@ BAD = [
   ("--config.augment.zoom=nan", "config.augment.zoom = nan", 2),
   ("--config.augment.shift=0.6", "config.augment.shift = 0.6: from 0 to 0.5 of a side", 2),
   ("--config.augment.crop_aspect=0.5", "config.augment.crop_aspect = 0.5: from 1", 2),
+  ("--config.augment.randaugment_magnitude=31", "randaugment_magnitude = 31: at most 30", 2),
+  (
+    "--config.augment.trivial_augment=True --config.augment.randaugment_ops=2",
+    "config.augment.trivial_augment = True: only with augment.randaugment_ops=0",
+    2,
+  ),
+  ("--config.augment.erase=1.5", "config.augment.erase = 1.5: from 0 (none) to 1", 2),
   ("--config.augment.rotation=0.6", "config.augment.rotation = 0.6: from 0 to 0.5", 2),
   ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate = nan", 2),
   ("--config.optimizer.learning_rate=1e400", "config.optimizer.learning_rate = inf", 2),

@@ -35,6 +35,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
   "data.in_memory_bytes": (0, 2**63, ", or None"),
   "data.max_images": (1, 2**63, ", or None"),
   "data.workers": (1, 1000, ", or None"),
+  "augment.randaugment_ops": (0, 10, " (0: none)"),
+  "augment.randaugment_magnitude": (0, 30, ""),
   "plateau.patience": (1, _INT32, " epoch"),
   "early_stop_patience": (0, _INT32, " (0: never stop)"),
 }
@@ -121,6 +123,9 @@ def _check_augment(augment: ConfigDict, require: Callable[[bool, str, str], None
   require(0 <= augment.shift <= 0.5, "augment.shift", "from 0 to 0.5 of a side")
   require(0 <= augment.crop <= 1, "augment.crop", "from 0 (none) to 1")
   require(1 <= augment.crop_aspect <= 100, "augment.crop_aspect", "from 1 (as the image) to 100")
+  require(0 <= augment.erase <= 1, "augment.erase", "from 0 (none) to 1")
+  is_alone = not (augment.trivial_augment and augment.randaugment_ops)
+  require(is_alone, "augment.trivial_augment", "only with augment.randaugment_ops=0")
 
 
 def check_memory(config: ConfigDict, mesh: Mesh) -> None:

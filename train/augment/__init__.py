@@ -1,4 +1,4 @@
-"""Normalise, crop, resize, flip, rotate, shift and zoom images, as pure functions on the device.
+"""Images as training and evaluation see them: pure functions on the device.
 
 The steps follow the Keras layers Normalization, Resizing, RandomFlip, RandomRotation,
 RandomTranslation and RandomZoom, with bilinear interpolation and 'reflect' fill:
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from train.augment import erasing, policies
 from train.augment.factors import Box, draw_boxes, draw_factors
 from train.augment.geometry import crop_matrices, normalize, resample, warp
 from train.data.framing import CENTER, Framing
@@ -56,9 +57,15 @@ def augment(
   shift: float = 0.0,
   crop: float = 0.0,
   crop_aspect: float = 4 / 3,
+  randaugment_ops: int = 0,
+  randaugment_magnitude: int = 9,
+  trivial_augment: bool = False,
+  erase: float = 0.0,
   framing: Framing = CENTER,
 ) -> Array:
-  """Normalises, resizes and randomly crops, flips, rotates, shifts and zooms: what training does.
+  """RandAugment or TrivialAugment, crop, resize, flip, rotation, shift, zoom and erasing.
+
+  All that training does to images in memory, in this order.
 
   Args:
     images: uint8 [B, H, W, C].
@@ -70,15 +77,21 @@ def augment(
     flip, zoom, rotation, shift: see `draw_factors`.
     crop: least area of a random crop, as a fraction of the image; 0: what evaluation sees.
     crop_aspect: most width / height and height / width of a random crop.
+    randaugment_ops, randaugment_magnitude: see `policies.rand_augment`; 0 operations: none.
+    trivial_augment: see `policies.trivial_augment`.
+    erase: see `erasing.erase`; 0: none.
     framing: which part of an image evaluation sees.
   Returns:
     float32 [B, S, S, C].
   """
   _, H, W, _ = images.shape
+  if randaugment_ops:
+    images = policies.rand_augment(images, key, positions, randaugment_ops, randaugment_magnitude)
+  if trivial_augment:
+    images = policies.trivial_augment(images, key, positions)
   factors = draw_factors(key, positions, flip=flip, zoom=zoom, rotation=rotation, shift=shift)
+  box = Box(*framing.seen(H, W))
   if crop:
-    is_square = framing.mode == "squash"
-    box = draw_boxes(key, positions, crop, H, W, aspect=crop_aspect, is_square=is_square)
-  else:
-    box = Box(*framing.seen(H, W))
-  return warp(normalize(images, mean, variance), factors, image_size, box, framing.interpolation)
+    box = draw_boxes(key, positions, crop, H, W, crop_aspect, framing.mode == "squash")
+  images = warp(normalize(images, mean, variance), factors, image_size, box, framing.interpolation)
+  return erasing.erase(images, key, positions, erase) if erase else images

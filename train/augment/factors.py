@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 # Streams of random numbers of an image, beside the first one.
-_CROP, _SHIFT = 1, 2
+CROP, SHIFT, POLICY, ERASE = 1, 2, 3, 4
 
 
 class Factors(NamedTuple):
@@ -62,14 +62,14 @@ def draw_factors(
   Returns:
     Factors; `angle` is None where rotation is 0, and `shift` where shift is.
   """
-  uniform_Bx4 = _uniform(key, positions, 4)
+  uniform_Bx4 = uniform(key, positions, 4)
   signed_Bx4 = 2 * uniform_Bx4 - 1
   return Factors(
     flip=(uniform_Bx4[:, 0] < 0.5) & flip,
     height=zoom * signed_Bx4[:, 1],
     width=zoom * signed_Bx4[:, 2],
     angle=rotation * signed_Bx4[:, 3] if rotation else None,
-    shift=shift * (2 * _uniform(key, positions, 2, _SHIFT) - 1) if shift else None,
+    shift=shift * (2 * uniform(key, positions, 2, SHIFT) - 1) if shift else None,
   )
 
 
@@ -96,7 +96,7 @@ def draw_boxes(
     aspect: at least 1; 4/3 in Inception.
     is_square: measure aspect ratios as if the images were squares.
   """
-  area, log_aspect, down, right = _uniform(key, positions, 4, _CROP).T
+  area, log_aspect, down, right = uniform(key, positions, 4, CROP).T
   area = least_area + (1 - least_area) * area
   ratio = jnp.exp(math.log(aspect) * (2 * log_aspect - 1)) * (1.0 if is_square else height / width)
   box_height = height * jnp.minimum(1.0, jnp.sqrt(area / ratio))
@@ -104,7 +104,7 @@ def draw_boxes(
   return Box(down * (height - box_height), right * (width - box_width), box_height, box_width)
 
 
-def _uniform(key: Array, positions: Array, count: int, stream: int | None = None) -> Array:
+def uniform(key: Array, positions: Array, count: int, stream: int | None = None) -> Array:
   """float32 [B, count] in [0, 1): of each image, from its position and one of its streams."""
 
   def draw(position):

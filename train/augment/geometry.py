@@ -7,12 +7,11 @@ Letters: B batch, H W raw image, S image_size, C colour channels.
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.ndimage import map_coordinates
 
+from train.augment import gathers
 from train.augment.factors import Box, Factors
 
 Array = jax.Array
@@ -135,13 +134,11 @@ def _rotate(images: Array, angle: Array) -> Array:
   offset = jnp.arange(S) - (S - 1) / 2
   y, x = jnp.meshgrid(offset, offset, indexing="ij")
 
-  def rotate(image, angle):
+  def source(angle):
     cos, sin = jnp.cos(2 * math.pi * angle), jnp.sin(2 * math.pi * angle)
-    source = jnp.stack([sin * x + cos * y, cos * x - sin * y]) + (S - 1) / 2
     # map_coordinates' own "reflect" divides integers for every pixel, channel and corner, which is
     # slower on a CPU.
-    source = _reflect(source, S)
-    sample = partial(map_coordinates, coordinates=tuple(source), order=1, mode="nearest")
-    return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
+    return _reflect(jnp.stack([sin * x + cos * y, cos * x - sin * y]) + (S - 1) / 2, S)
 
-  return jax.vmap(rotate)(images, angle)
+  places = jax.vmap(source)(angle)
+  return gathers.bilinear(images, places[:, 0], places[:, 1])
