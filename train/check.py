@@ -81,10 +81,19 @@ def check_config(config: ConfigDict) -> None:
 
 def check_model(config: ConfigDict) -> None:
   """Raises ConfigError if `config.model` makes no model, or one larger than any."""
+  given = config.model.to_dict()
+  if "variant" in given:  # it decides what is None
+    given = {name: value for name, value in given.items() if value is not None}
   try:
-    mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
+    mlp_models.create(**given, dtype=config.dtype, remat=config.remat)
   except (TypeError, ValueError) as error:
     raise ConfigError(f"config.model: {printable(str(error))}") from None
+  size = config.model.get("image_size")
+  if isinstance(size, tuple | list):  # as images are decoded, cropped and warped
+    raise ConfigError(
+      f"config.model.image_size = {shown(size)}: training takes squares: choose one side, such as "
+      f"--config.model.image_size={min(size)}"
+    )
   for name, value in config.model.items():
     largest = _LARGEST.get(name, _MOST)
     sizes = value if isinstance(value, tuple | list) else [value]
