@@ -72,14 +72,21 @@ def get_config() -> ConfigDict:
 
 
 def _optimizer() -> ConfigDict:
-  """Of AdamW."""
   optimizer = ConfigDict()
+  # "adamw"; "lamb"; "lion" (wants about a tenth of AdamW's learning rate, ten times its decay, and
+  # b2 = 0.99); "sgd" with momentum; or "muon": the blocks' matrices by Muon, all else by AdamW.
+  optimizer.name = "adamw"
   optimizer.learning_rate = 1e-3
   optimizer.weight_decay = 1e-4  # per step, times the learning rate (Keras 3, optax)
   optimizer.independent_weight_decay = False  # True: not times the learning rate (TF Addons)
-  optimizer.b1 = 0.9
-  optimizer.b2 = 0.999
-  optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8
+  # What decays: "all" (Keras), or "kernels": neither biases nor norms, positions, tokens, latents.
+  optimizer.decay = "all"
+  optimizer.clip_norm = 0.0  # largest norm of all gradients together; 0.0: no limit
+  optimizer.b1 = 0.9  # of the mean gradient in adamw, lamb and lion
+  optimizer.b2 = 0.999  # of the mean squared gradient in adamw and lamb; of the gradient in lion
+  optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8, LAMB's paper 1e-6
+  optimizer.momentum = 0.95  # in muon and sgd; the papers' sgd has 0.9
+  optimizer.nesterov = True  # in muon and sgd; the papers' sgd has False
   # Multiplies the learning rate once for each block from the top down: less than 1 keeps the lower
   # layers of weights that have learned before. 1.0: all learn alike.
   optimizer.layer_decay = 1.0
