@@ -173,5 +173,36 @@ def finetune(name: str, **fields: Any) -> ConfigDict:
   return config
 
 
+def imagenet(name: str, variant: str, **fields: Any) -> ConfigDict:
+  """What the papers' recipes for ImageNet share, for a TPU slice or several GPUs.
+
+  Random crops and flips of 224 pixels; no dropout; a decay of kernels alone; gradients clipped to a
+  norm of 1; the weights of the epoch with the best accuracy on the last 1 % of the training images.
+  Crops are of the images' centre squares, where the papers' are of whole images. `batch_size`,
+  `epochs` and the optimizer are the caller's.
+
+  Args:
+    name, variant: of mlp_models.VARIANTS.
+    **fields: of the model that differ from the variant's.
+  """
+  config = get_config()
+  config.model = {"name": name, "variant": variant, "image_size": 224} | fields
+  config.data.name = "imagenet2012"
+  config.data.train_split = "train[:99%]"
+  config.data.validation_split = "train[99%:]"
+  config.data.test_split = "validation"  # the labels of ImageNet's "test" are not public
+  config.data.crop = 0.875  # 224 of 256 pixels
+  config.data.mean, config.data.variance = (127.5,), (127.5**2,)  # pixels from -1 to 1
+  config.dtype = "bfloat16"
+  config.augment.zoom = 0.0
+  config.augment.crop = 0.05
+  config.optimizer.decay = "kernels"
+  config.optimizer.clip_norm = 1.0
+  config.plateau.factor = 1.0
+  config.best_metric = "val_accuracy"
+  config.early_stop_patience = 0
+  return config
+
+
 # A run of a few seconds that uses everything: two epochs of 512 images, or what there is.
 SMOKE = {"epochs": 2, "batch_size": 64, "data.max_images": 512}
