@@ -33,9 +33,9 @@ def get_config(variant=None):
 
 
 def _imagenet():
-  """gMLP S/16 on ImageNet-1k as in the paper's appendix A, which has 79.6 % top-1 after 300 epochs.
+  """gMLP S/16 on ImageNet-1k as in the paper's appendix A; 79.6 % top-1 in the paper, 300 epochs.
 
-  The paper trains on TPUs and augments with AutoAugment, which is not here.
+  The paper augments with AutoAugment, too, which is not here.
   """
   config = default.imagenet("gmlp", "S/16")  # with a stochastic depth of 0.05
   config.batch_size = 4096

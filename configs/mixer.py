@@ -41,7 +41,7 @@ def _imagenet():
 
   The figures are those of its authors' config, big_vision/configs/mlp_mixer_i1k.py, which names
   76.3 % top-1 after 300 epochs in 2 h 11 min on a TPU v3-128. Its decay of 1e-4 is not times the
-  learning rate: here that is 0.1. Its loss is a sigmoid's, here and in the paper a softmax's.
+  learning rate: here that is 0.1. Its loss is a sigmoid's, ours a softmax's.
   """
   config = default.imagenet("mixer", "B/16", drop_path_rate=0.1)
   config.batch_size = 4096
