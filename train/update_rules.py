@@ -25,6 +25,8 @@ def make_rule(config, sharding: NamedSharding | None = None) -> optax.GradientTr
     config: b1, b2 and epsilon (AdamW, LAMB; Lion without epsilon), momentum and nesterov (SGD and
       Muon's matrices).
     sharding: as for `orthogonalize`.
+  Muon's momentum is Jordan's, a sum; optax.contrib.muon corrects the bias of an average instead,
+  which differs in the first steps.
   Follows You et al., "LAMB" (arXiv:1904.00962, algorithm 2); Chen et al., "Lion" (arXiv:2302.06675,
   algorithm 2); Jordan et al., "Muon", 2024, scaled as in Liu et al. (arXiv:2502.16982, equation 4).
   """
