@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -111,3 +112,34 @@ def test_show_knows_the_sizes_that_weights_and_variants_give(config, tmp_path, m
   show.main()
   assert f"Wrote {output}" in capsys.readouterr().out
   assert output.stat().st_size > 1000
+
+
+#                             rule, learning rate, decay, clip, batch, epochs, parameters
+IMAGENET = {
+  "mixer": ("B/16", "adamw", 1e-3, 0.1, 1.0, 4096, 300, 59_880_472),
+  "gmlp": ("S/16", "adamw", 1e-3, 0.05, 1.0, 4096, 300, 19_422_656),
+  "perceiver": ("paper", "lamb", 4e-3, 0.1, 10.0, 1024, 120, 44_912_254),
+  "vit": ("S/16 plain", "adamw", 1e-3, 0.1, 1.0, 1024, 90, 22_122_472),
+}
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_recipes_for_imagenet_are_the_papers(name):
+  config = get_config(name, "imagenet")
+  check_config(config)
+  variant, *recipe, parameters = IMAGENET[name]
+  optimizer = config.optimizer
+  assert config.model.variant == variant
+  assert recipe == [
+    optimizer.name,
+    optimizer.learning_rate,
+    optimizer.weight_decay,
+    optimizer.clip_norm,
+    config.batch_size,
+    config.epochs,
+  ]
+  assert (optimizer.b1, optimizer.b2, optimizer.decay) == (0.9, 0.999, "kernels")
+  model = mlp_models.create(**config.model)
+  images = jnp.zeros((1, 224, 224, 3))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
