@@ -2,6 +2,8 @@
 
 A model's file (`configs/mixer.py`, ...) starts from `get_config()` and changes what differs. On the
 command line any knob is `--config.KEY=VALUE`; `configs/mixer.py:smoke` picks the variant `smoke`.
+`--config.model.variant=B/16` takes the fields of the model from `mlp_models.VARIANTS` instead;
+fields given by other flags count more.
 """
 
 from typing import Any
@@ -81,14 +83,21 @@ def _augment() -> ConfigDict:
 
 
 def _optimizer() -> ConfigDict:
-  """Of AdamW."""
   optimizer = ConfigDict()
+  # "adamw"; "lamb"; "lion" (wants about a tenth of AdamW's learning rate, ten times its decay, and
+  # b2 = 0.99); "sgd" with momentum; or "muon": the blocks' matrices by Muon, all else by AdamW.
+  optimizer.name = "adamw"
   optimizer.learning_rate = 1e-3
   optimizer.weight_decay = 1e-4  # per step, times the learning rate (Keras 3, optax)
   optimizer.independent_weight_decay = False  # True: not times the learning rate (TF Addons)
-  optimizer.b1 = 0.9
-  optimizer.b2 = 0.999
-  optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8
+  # What decays: "all" (Keras), or "kernels": neither biases nor norms, positions, tokens, latents.
+  optimizer.decay = "all"
+  optimizer.clip_norm = 0.0  # largest norm of all gradients together; 0.0: no limit
+  optimizer.b1 = 0.9  # of the mean gradient in adamw, lamb and lion
+  optimizer.b2 = 0.999  # of the mean squared gradient in adamw and lamb; of the gradient in lion
+  optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8, LAMB's paper 1e-6
+  optimizer.momentum = 0.95  # in muon and sgd; the papers' sgd has 0.9
+  optimizer.nesterov = True  # in muon and sgd; the papers' sgd has False
   # Multiplies the learning rate once for each block from the top down: less than 1 keeps the lower
   # layers of weights that have learned before. 1.0: all learn alike.
   optimizer.layer_decay = 1.0
@@ -172,6 +181,37 @@ def finetune(name: str, **fields: Any) -> ConfigDict:
   config.augment.crop = 0.3
   config.plateau.patience = 2
   config.early_stop_patience = 5
+  return config
+
+
+def imagenet(name: str, variant: str, **fields: Any) -> ConfigDict:
+  """What the papers' recipes for ImageNet share, for a TPU slice or several GPUs.
+
+  Random crops and flips of 224 pixels; no dropout; a decay of kernels alone; gradients clipped to a
+  norm of 1; the weights of the epoch with the best accuracy on the last 1 % of the training images.
+  Crops are of the images' centre squares, where the papers' are of whole images. `batch_size`,
+  `epochs` and the optimizer are the caller's.
+
+  Args:
+    name, variant: of mlp_models.VARIANTS.
+    **fields: of the model that differ from the variant's.
+  """
+  config = get_config()
+  config.model = {"name": name, "variant": variant, "image_size": 224} | fields
+  config.data.name = "imagenet2012"
+  config.data.train_split = "train[:99%]"
+  config.data.validation_split = "train[99%:]"
+  config.data.test_split = "validation"  # the labels of ImageNet's "test" are not public
+  config.data.crop = 0.875  # 224 of 256 pixels
+  config.data.mean, config.data.variance = (127.5,), (127.5**2,)  # pixels from -1 to 1
+  config.dtype = "bfloat16"
+  config.augment.zoom = 0.0
+  config.augment.crop = 0.05
+  config.optimizer.decay = "kernels"
+  config.optimizer.clip_norm = 1.0
+  config.plateau.factor = 1.0
+  config.best_metric = "val_accuracy"
+  config.early_stop_patience = 0
   return config
 
 

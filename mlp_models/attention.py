@@ -63,7 +63,9 @@ class SelfAttention(nn.Module):
       out=HeadWeights((*heads, into[0]), into[:1], init, name="out")(),
     )
     if self.is_mutable_collection("intermediates"):
-      layers.record(self, "weights", _softmax(x_BxTxD, data_BxSxE, weights))
+      query_BxTxNxK = _into_heads(x_BxTxD, *weights.query)
+      key_BxSxNxK = _into_heads(data_BxSxE, *weights.key)
+      layers.record(self, "weights", softmax(query_BxTxNxK, key_BxSxNxK))
     seeds_B = dropout.layer_seeds(self)
     if is_wide:
       attend = kernels.with_wide_heads(lambda x, *rest: _over_heads(x, x, *rest))
@@ -91,10 +93,6 @@ def _over_heads(
 def _into_heads(x_BxTxD: Array, kernel_DxNxK: Array, bias_NxK: Array) -> Array:
   dtype = x_BxTxD.dtype
   return kernels.dense(x_BxTxD, kernel_DxNxK.astype(dtype)) + bias_NxK.astype(dtype)
-
-
-def _softmax(x_BxTxD: Array, data_BxSxE: Array, weights: AttentionWeights) -> Array:
-  return softmax(_into_heads(x_BxTxD, *weights.query), _into_heads(data_BxSxE, *weights.key))
 
 
 def softmax(query_BxTxNxK: Array, key_BxSxNxK: Array) -> Array:

@@ -6,6 +6,7 @@ of the model's. Other than in the paper's code, positions and attention's output
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ class ViT(nn.Module):
   Intermediates: of a block "token_mixing" and "output", of its attention "weights".
   """
 
-  image_size: int = 72
+  image_size: layers.ImageSize = 72
   patch_size: int = 6
   width: int = 64
   num_blocks: int = 8
@@ -157,7 +158,7 @@ class ViT(nn.Module):
       x_BxTxD = jnp.concatenate([token_Bx1xD, x_BxTxD], axis=1)
     if self.position == "learned":
       return layers.PositionEmbedding(layers.uniform_symmetric, name="position")(x_BxTxD)
-    position_TxD = sincos2d(self.image_size // self.patch_size, self.width)
+    position_TxD = sincos2d(layers.grid(self.image_size, self.patch_size), self.width)
     position_TxD = np.pad(position_TxD, ((self.num_class_tokens, 0), (0, 0)))
     return x_BxTxD + jnp.asarray(position_TxD, self.dtype)
 
@@ -178,8 +179,8 @@ class ViT(nn.Module):
     return x_BxTxD.reshape(x_BxTxD.shape[0], -1)
 
 
-def sincos2d(side: int, width: int) -> np.ndarray:
-  """Fixed positions of a grid, float32 [side * side, width] (arXiv:2205.01580, section 2).
+def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
+  """Fixed positions of rows and columns, float32 [T, width] (arXiv:2205.01580, section 2).
 
   A quarter of the channels each: sines and cosines of the column, then of the row, at frequencies
   that fall geometrically from 1 to 1/10,000.
@@ -190,7 +191,7 @@ def sincos2d(side: int, width: int) -> np.ndarray:
   if width % 4 or width < 8:
     raise ValueError(f"sincos2d needs a width of 8, 12, 16, ..., not {width}")
   frequencies = 10_000.0 ** -np.linspace(0, 1, width // 4)
-  rows, columns = np.divmod(np.arange(side * side), side)
+  rows, columns = np.divmod(np.arange(math.prod(grid)), grid[1])
   angles = np.outer(columns, frequencies), np.outer(rows, frequencies)
   waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
   return np.concatenate(waves, axis=1).astype(np.float32)

@@ -144,6 +144,7 @@ def test_what_the_config_gives_counts_more_than_the_weights(finetune_config):
 
 REFUSED = [
   ({"model": {"name": "vit"}}, "the weights are of mixer .*config.model.name is 'vit': choose"),
+  ({"model": {"image_size": (8, 32)}}, r"\(8, 32\): training takes squares: .*image_size=8"),
   ({"model": {"image_size": 32}}, "Weights over tokens fit one number of patches"),
   ({"model": {"depth": 3}}, "no field 'depth'"),
   ({"file": Path("/no/such.safetensors")}, "/no/such.safetensors"),

@@ -12,23 +12,16 @@ import pytest
 from ml_collections import ConfigDict
 
 import mlp_models
-from train import optimizer
+from configs import default
+from train import optimizer, update_rules
 from train.errors import ConfigError
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "plateau.json").read_text())
 
 
 def _config(**overrides):
-  defaults = dict(
-    learning_rate=0.01,
-    weight_decay=0.1,
-    independent_weight_decay=False,
-    b1=0.9,
-    b2=0.999,
-    epsilon=1e-7,
-    layer_decay=1.0,
-  )
-  return ConfigDict(defaults | overrides)
+  recipe = default.get_config().optimizer
+  return ConfigDict(recipe.to_dict() | dict(learning_rate=0.01, weight_decay=0.1) | overrides)
 
 
 def _plateau_config(factor=0.5, patience=5, min_delta=1e-4):
@@ -208,7 +201,7 @@ def test_epsilon_bounds_the_step_of_a_tiny_gradient_as_in_keras(grad):
 def test_adam_is_optaxs_where_epsilon_is_nothing():
   grads = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
   ours, theirs = (
-    optimizer.scale_by_keras_adam(0.9, 0.999, 0.0),
+    update_rules.scale_by_keras_adam(0.9, 0.999, 0.0),
     optax.scale_by_adam(0.9, 0.999, 0.0),
   )
   state, their_state = ours.init(grads[0]), theirs.init(grads[0])

@@ -17,6 +17,7 @@ from train.devices.mesh import FSDP
 from train.errors import ConfigError, printable, shown
 from train.knobs import check_knobs
 from train.optimizer import BEST, split_frozen
+from train.update_rules import RULES
 
 _MOST = 2**20  # no batch is as large, and no model as wide
 _INT32 = 2**31 - 1  # the state counts in int32
@@ -43,6 +44,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 # Greatest sizes of a model; _MOST for the others.
 _LARGEST = {"image_size": 2**15, "num_blocks": 1000, "num_iterations": 1000}
 _LAYERS = 100  # most layers of an MLP
+# Moments of each parameter, at least: Muon has two for those that AdamW updates.
+_MOMENTS = {"adamw": 2, "lamb": 2, "muon": 1, "lion": 1, "sgd": 1}
 _ANYTHING = {"mesh.data": -1, "mesh.fsdp": -1}  # values that are no numbers, besides None
 
 
@@ -63,14 +66,9 @@ def check_config(config: ConfigDict) -> None:
   _check_data(config, require)
   require(0 < config.checkpoint_seconds < math.inf, "checkpoint_seconds", "a number above 0")
   _check_augment(config.augment, require)
-  for key in ("optimizer.learning_rate", "optimizer.epsilon", "plateau.min_delta"):
-    require(0 < _get(config, key) < _FLOAT32, key, "a number above 0")
-  require(0 <= config.optimizer.weight_decay < 1, "optimizer.weight_decay", "from 0 to below 1")
-  require(0 <= config.optimizer.b1 < 1, "optimizer.b1", "at least 0 and less than 1")
-  require(0 <= config.optimizer.b2 < 1, "optimizer.b2", "at least 0 and less than 1")
+  _check_optimizer(config, require)
+  require(0 < config.plateau.min_delta < _FLOAT32, "plateau.min_delta", "a number above 0")
   require(0 < config.plateau.factor <= 1, "plateau.factor", "more than 0, at most 1 (1: none)")
-  decay = config.optimizer.layer_decay
-  require(0 < decay <= 1, "optimizer.layer_decay", "more than 0, at most 1 (1: none)")
   named = all(isinstance(name, str) and name for name in config.freeze)
   require(named, "freeze", "names of parameters, such as patch_embed,block0, or backbone")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
@@ -81,10 +79,19 @@ def check_config(config: ConfigDict) -> None:
 
 def check_model(config: ConfigDict) -> None:
   """Raises ConfigError if `config.model` makes no model, or one larger than any."""
+  given = config.model.to_dict()
+  if "variant" in given:  # it decides what is None
+    given = {name: value for name, value in given.items() if value is not None}
   try:
-    mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
+    mlp_models.create(**given, dtype=config.dtype, remat=config.remat)
   except (TypeError, ValueError) as error:
     raise ConfigError(f"config.model: {printable(str(error))}") from None
+  size = config.model.get("image_size")
+  if isinstance(size, tuple | list):  # as images are decoded, cropped and warped
+    raise ConfigError(
+      f"config.model.image_size = {shown(size)}: training takes squares: choose one side, such as "
+      f"--config.model.image_size={min(size)}"
+    )
   for name, value in config.model.items():
     largest = _LARGEST.get(name, _MOST)
     sizes = value if isinstance(value, tuple | list) else [value]
@@ -92,6 +99,24 @@ def check_model(config: ConfigDict) -> None:
       raise ConfigError(f"config.model.{name} = {shown(value)}: at most {_LAYERS} layers")
     if any(isinstance(size, int) and size > largest for size in sizes):
       raise ConfigError(f"config.model.{name} = {shown(value)}: at most {largest:,}")
+
+
+def _check_optimizer(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+  """The part of `check_config` for `config.optimizer`."""
+  knobs = config.optimizer
+  require(knobs.name in RULES, "optimizer.name", f"one of {', '.join(RULES)}")
+  for name in ("learning_rate", "epsilon"):
+    require(0 < knobs[name] < _FLOAT32, f"optimizer.{name}", "a number above 0")
+  require(0 <= knobs.weight_decay < 1, "optimizer.weight_decay", "from 0 to below 1")
+  require(knobs.decay in ("all", "kernels"), "optimizer.decay", "all or kernels")
+  for name in ("b1", "b2", "momentum"):
+    require(0 <= knobs[name] < 1, f"optimizer.{name}", "at least 0 and less than 1")
+  require(0 <= knobs.clip_norm < _FLOAT32, "optimizer.clip_norm", "a number, or 0 for no limit")
+  require(0 < knobs.layer_decay <= 1, "optimizer.layer_decay", "more than 0, at most 1 (1: none)")
+  makes_sense = not (knobs.independent_weight_decay and knobs.name == "lamb")
+  require(
+    makes_sense, "optimizer.independent_weight_decay", "not with lamb, whose trust ratio scales it"
+  )
 
 
 def _check_data(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
@@ -131,9 +156,9 @@ def _check_augment(augment: ConfigDict, require: Callable[[bool, str, str], None
 def check_memory(config: ConfigDict, mesh: Mesh) -> None:
   """Raises ConfigError if a step can't fit the memory, whatever the compiler does.
 
-  Counted are float32 parameters, AdamW's two moments of those that train, and the images that are
-  computed at a time; only shapes are computed. It is also an error if `config.freeze` names what
-  the model lacks.
+  Counted are float32 parameters, the optimizer's moments of those that train, and the images that
+  are computed at a time; only shapes are computed. It is also an error if `config.freeze` names
+  what the model lacks.
 
   Args:
     config: accepted by `check_config`.
@@ -143,7 +168,7 @@ def check_memory(config: ConfigDict, mesh: Mesh) -> None:
   images = 4 * 3 * size**2 * microbatch  # of one device
   parameters = _parameters(config)
   trained = _trained_parameters(config) if config.freeze else parameters
-  state = 4 * (parameters + 2 * trained) // mesh.shape[FSDP]
+  state = 4 * (parameters + _MOMENTS[config.optimizer.name] * trained) // mesh.shape[FSDP]
   device = mesh.local_devices[0]
   if device.platform == "cpu":
     needed, limit = len(mesh.local_devices) * (images + state), memory_limit()

@@ -90,11 +90,20 @@ def check_knobs(config: ConfigDict) -> None:
 def override(config: ConfigDict, flags: Sequence[str]) -> None:
   """Applies flags --config.KEY=VALUE, also with a space instead of "="; of two, the last counts.
 
+  With `--config.model.variant` the fields that the config file gives the model become None: they
+  are the variant's, unless other flags give them.
+
   Raises:
     ValueError: a flag or a key is unknown, or a value has the wrong type.
   """
   found, known = knobs(config), knobs(default.get_config())
   rest = list(flags)
+  is_variant = any(flag.partition("=")[0] == "--config.model.variant" for flag in flags)
+  if is_variant and "model.name" in found:
+    found["model.variant"] = Knob("", str, False)
+    own = {"name": config.model.name, "variant": ""}
+    with config.ignore_type():
+      config.model = ConfigDict(dict.fromkeys(config.model) | own)
   while rest:
     flag, separator, text = rest.pop(0).partition("=")
     key = flag.removeprefix("--config.")

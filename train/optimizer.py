@@ -1,4 +1,4 @@
-"""AdamW and which arrays it trains, the plateau that lowers its learning rate, and early stopping.
+"""The optimizer and which arrays it trains, the plateau that lowers its rate, and early stopping.
 
 They follow Keras 3 (AdamW, ReduceLROnPlateau, EarlyStopping) and are built from optax's parts. All
 state is arrays, so that a checkpoint holds it.
@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
 from optax.contrib import ReduceLROnPlateauState
 
 from train.errors import ConfigError, shown
+from train.update_rules import kernels, make_rule
 
 Array = jax.Array
 Mode = Literal["min", "max"]
@@ -25,28 +27,41 @@ _HEAD = "head"  # the layer that num_classes=0 leaves out, in every family
 _AFTER_BLOCKS = ("norm", "pool", "query", "decoder", "head")
 
 
-def make_optimizer(config, freeze: Sequence[str] = ()) -> optax.GradientTransformationExtraArgs:
-  """AdamW over all parameters that train, as in Keras: biases and norms decay, too.
+def make_optimizer(
+  config, freeze: Sequence[str] = (), sharding: NamedSharding | None = None
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer of a run, over all parameters that train.
 
   Args:
-    config: learning_rate, weight_decay, independent_weight_decay, b1, b2, epsilon, layer_decay. The
-      decay is multiplied by the learning rate (Keras 3, optax: param -= learning_rate *
-      weight_decay * param). With `independent_weight_decay` neither the learning rate nor the
-      plateau changes it (TensorFlow Addons: param -= weight_decay * param). `layer_decay`: see
-      `learning_rate_factors`.
+    config: `name` and what `update_rules.make_rule` takes; learning_rate, weight_decay, decay,
+      independent_weight_decay, clip_norm, layer_decay. The weight decay is added to the rule's
+      update, never to the gradients, and is multiplied by the learning rate (Keras 3, optax:
+      param -= learning_rate * weight_decay * param), in LAMB by the trust ratio, too. With
+      `independent_weight_decay` neither the learning rate nor the plateau changes it (TensorFlow
+      Addons: param -= weight_decay * param). `decay`: "all" decays biases and norms, too, as in
+      Keras; "kernels" only what `update_rules.kernels` says. `clip_norm`: the largest norm of all
+      gradients together, before the rule; 0.0: none. `layer_decay`: see `learning_rate_factors`.
     freeze: as for `split_frozen`.
+    sharding: as for `update_rules.orthogonalize`; the results are the same without.
   Returns:
     A transformation for all parameters; its state, gradients and updates are trees of those that
     train. `update(grads, state, params, learning_rate_scale=scale)` multiplies the learning rate by
     the plateau's scale (float or float32 []) in that step.
-  Follows Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2.
+  Follows Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithms 1 and 2.
   """
-  adam = scale_by_keras_adam(b1=config.b1, b2=config.b2, epsilon=config.epsilon)
+  decays = kernels if config.decay == "kernels" else None
   learning_rate = _scale_by_learning_rate(config.learning_rate)
+  parts = [make_rule(config, sharding)]
+  if config.clip_norm:
+    parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
   if config.independent_weight_decay:
-    chain = optax.chain(adam, learning_rate, optax.add_decayed_weights(-config.weight_decay))
+    parts += [learning_rate, optax.add_decayed_weights(-config.weight_decay, decays)]
   else:
-    chain = optax.chain(adam, optax.add_decayed_weights(config.weight_decay), learning_rate)
+    parts.append(optax.add_decayed_weights(config.weight_decay, decays))
+    if config.name == "lamb":
+      parts.append(optax.scale_by_trust_ratio())
+    parts.append(learning_rate)
+  chain = optax.chain(*parts)
 
   def init(params):
     return chain.init(split_frozen(params, freeze)[0])
@@ -120,27 +135,6 @@ def learning_rate_factors(params: dict, layer_decay: float) -> dict[str, float]:
     return top if name.startswith(_AFTER_BLOCKS) else 0
 
   return {name: layer_decay ** (top - depth(name)) for name in names}
-
-
-def scale_by_keras_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
-  """`optax.scale_by_adam` with epsilon as in Keras: added to the uncorrected root.
-
-  Step t (from 1) gives m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + epsilon). In optax's form, which
-  corrects both moments, this is an epsilon of epsilon / sqrt(1 - b2^t): 32 times as large at t = 1
-  and b2 = 0.999, which matters for the first steps of weights whose gradients are near epsilon.
-  Follows Kingma and Ba, "Adam" (arXiv:1412.6980), the reordered form at the end of section 2.
-  """
-
-  def update(grads, state, params=None):
-    del params
-    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
-    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-    count = optax.safe_increment(state.count)
-    correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-    updates = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + epsilon), mu, nu)
-    return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
-
-  return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def _scale_by_learning_rate(learning_rate: float) -> optax.GradientTransformationExtraArgs:

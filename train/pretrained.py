@@ -1,6 +1,7 @@
 """How a run starts from weights that `config.init` names, or with a variant of a model."""
 
-from typing import Any
+import functools
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -54,13 +55,15 @@ def resolve(config: ConfigDict, folder: epath.Path | None = None) -> ConfigDict:
   return config.lock()
 
 
-def load(config: ConfigDict, info: DatasetInfo) -> dict[str, Any] | None:
+def load(
+  config: ConfigDict, info: DatasetInfo, file: TextIO | None = None
+) -> dict[str, Any] | None:
   """The parameters that the run starts from, as numpy arrays; None without `config.init`.
-
-  Lines on stdout say what is kept, resampled and reset.
 
   Args:
     config: from `resolve`.
+    info: without classes, the model has no head.
+    file: where lines say what is kept, resampled and reset; None: stdout.
   Raises:
     ConfigError: the weights can't be read, or do not fit the model.
   """
@@ -73,7 +76,7 @@ def load(config: ConfigDict, info: DatasetInfo) -> dict[str, Any] | None:
       config.init,
       info.num_classes,
       class_names=info.class_names,
-      say=_say,
+      say=functools.partial(_say, file=file),
       seed=config.seed,
       **fields,
     )
@@ -141,6 +144,6 @@ def _all_fields(model: nn.Module) -> dict[str, Any]:
   return {"name": name} | fields
 
 
-def _say(line: str) -> None:
+def _say(line: str, file: TextIO | None) -> None:
   if not jax.process_index():
-    print(line, flush=True)
+    print(line, file=file, flush=True)

@@ -51,7 +51,7 @@ def make_train_step(
   step = functools.partial(
     train_step,
     model=make_model(config, num_classes),
-    optimizer=make_optimizer(config.optimizer, config.freeze),
+    optimizer=make_optimizer(config.optimizer, config.freeze, by_example(mesh)),
     freeze=config.freeze,
     augmentation=augment.options(config),
     skip_nonfinite=config.nonfinite == "skip",

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mlp_models import registry
+from mlp_models import layers, registry
 from mlp_models.pretrained import preprocessing as _preprocessing
 from mlp_models.pretrained.fit import Fit
 from mlp_models.pretrained.layouts import LAYOUTS, find_layout, listed, require_all_used
@@ -39,7 +39,6 @@ class Found(NamedTuple):
   fields: keyword arguments with which `create` makes their model.
   class_names: () if they are unknown.
   project: whose names the arrays have: "mlp_models", "timm", "transformers" or "npz".
-  grid: (H, W) of the position embeddings in patches; None: square.
   lacks: prefixes of parameters that such weights lack, besides the head's.
   notes: lines that say what was assumed.
   """
@@ -49,15 +48,14 @@ class Found(NamedTuple):
   class_names: tuple[str, ...]
   preprocessing: Preprocessing
   project: str
-  grid: tuple[int, int] | None = None
   lacks: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     model = registry.create(self.name, **self.fields)
     variant = registry.variant_of(model) or f"of width {self.fields.get('width')}"
-    size = self.fields["image_size"]
-    return f"{self.name} {variant} for {size} x {size} pixels"
+    height, width = layers.grid(self.fields["image_size"])
+    return f"{self.name} {variant} for {height} x {width} pixels"
 
 
 def describe(source: str | os.PathLike[str]) -> Found:
@@ -95,8 +93,8 @@ def load(
     class_names: of the head's classes, in order; None: unknown.
     say: called with each line that says what was found, kept, resampled and reset.
     seed: of the parameters that the weights lack, such as a new head's.
-    **overrides: other fields of the model than the weights say, such as `image_size=384`,
-      `drop_path_rate=0.1` or `dtype="bfloat16"`.
+    **overrides: other fields of the model than the weights say, such as `image_size=384`
+      or `image_size=(384, 512)`, `drop_path_rate=0.1` or `dtype="bfloat16"`.
   Returns:
     model; params, nested dicts of float32 arrays; preprocessing: `model.apply({"params": params},
     images)` takes images that are normalised as it says.
@@ -119,9 +117,9 @@ def load(
   model = registry.create(found.name, **found.fields | overrides | {"num_classes": num_classes})
   fit = Fit(_read(opened, rules), model, found.fields, opened.said, say)
   fit.head(found.class_names, names, found.fields["num_classes"])
-  fit.positions(found.grid)
+  fit.positions()
   params = unflatten_dict(fit.params(found.lacks, seed), sep="/")
-  size: int = model.image_size
+  size: layers.ImageSize = model.image_size
   return model, params, dataclasses.replace(found.preprocessing, image_size=size)
 
 
@@ -194,11 +192,10 @@ def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
     }
     found = Found(
       name=layout.family,
-      fields={key: value for key, value in fields.items() if key not in ("grid", "notes")},
+      fields={key: value for key, value in fields.items() if key != "notes"},
       class_names=_class_names(opened.config, fields["num_classes"]),
       preprocessing=_preprocessing.of(layout.project, opened.config, fields["image_size"]),
       project=layout.project,
-      grid=fields.get("grid"),
       lacks=layout.lacks,
       notes=tuple(fields.get("notes", ())),
     )
@@ -255,8 +252,9 @@ def _in_timms_names(
   if odd := sorted(flat.keys() ^ {path for rule in rules for path in rule.ours}):
     raise WeightsError(f"timm has no such {name}: {listed(odd)} differ")
   arrays = invert(rules, flat)
-  # Read back without a config, to see whether timm's model is this one.
-  theirs = layout.fields({key: x.shape for key, x in arrays.items()}, {})
+  # Read back, with what no shape tells, to see whether timm's model is this one.
+  image_size = {"model_args": {"img_size": layers.grid(fields["image_size"])}}
+  theirs = layout.fields({key: x.shape for key, x in arrays.items()}, image_size)
   told = []
   for field in sorted(theirs.keys() & fields.keys() - {"num_heads", "head_dim", "variant"}):
     if field.endswith(("_rate", "_init")) or theirs[field] == fields[field]:

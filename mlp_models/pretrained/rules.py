@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlp_models.layers import ImageSize, grid
+
 Shapes = Mapping[str, tuple[int, ...]]  # of a file's arrays, by their names
 Fields = dict[str, Any]  # of a model's class
 Config = Mapping[str, Any]  # the content of the config.json beside the weights; {} if there is none
@@ -42,8 +44,8 @@ class Layout(NamedTuple):
   """The names and shapes in which a project keeps the weights of a family.
 
   fields: (shapes, config) -> the fields of the model's class, image_size, patch_size and
-    num_classes (0 without a head) among them; also "grid", the (H, W) of position embeddings that
-    are not square, and "notes", lines on what was assumed. A ValueError says what can't be told.
+    num_classes (0 without a head) among them; also "notes", lines on what was assumed. A ValueError
+    says what can't be told.
   rules: (fields, shapes) -> all arrays of such a file. For `save`, shapes are {}: the usual file.
   """
 
@@ -155,12 +157,39 @@ def count(shapes: Shapes, pattern: str) -> int:
   return number
 
 
-def square_side(num_tokens: int, what: str) -> int:
-  """The root of a number of tokens. Raises ValueError if it is none of a square grid."""
+def timm_image_shape(config: Config) -> tuple[int, int] | None:
+  """(H, W) of the images that timm's config.json says; None if they are square, or not said."""
+  shape = (config.get("model_args") or {}).get("img_size")
+  if not shape:
+    found = {**config, **(config.get("pretrained_cfg") or {})}.get("input_size")
+    shape = found[1:] if found else None
+  return oblong(shape)
+
+
+def oblong(shape: Any) -> tuple[int, int] | None:
+  """(height, width) that differ; None for anything else."""
+  if isinstance(shape, list | tuple) and shape[0] != shape[1]:
+    return shape[0], shape[1]
+  return None
+
+
+def image_size(
+  num_tokens: int, what: str, patch_size: int = 1, image_shape: tuple[int, int] | None = None
+) -> ImageSize:
+  """The image_size whose patches are so many tokens.
+
+  Args:
+    what: has the tokens, for the message.
+    image_shape: (H, W), if they are known to differ.
+  Raises:
+    ValueError: the tokens are no square grid, or not that of image_shape.
+  """
   side = math.isqrt(num_tokens)
-  if side * side != num_tokens:
-    raise ValueError(f"{what} has {num_tokens} tokens, which make no square grid")
-  return side
+  rows, columns = grid(image_shape, patch_size) if image_shape else (side, side)
+  if rows * columns != num_tokens:
+    expected = f"are not {rows} x {columns}" if image_shape else "make no square grid"
+    raise ValueError(f"{what} has {num_tokens} tokens, which {expected}")
+  return (rows * patch_size, columns * patch_size) if image_shape else side * patch_size
 
 
 def apply(rules: Mapping[str, Rule], read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:

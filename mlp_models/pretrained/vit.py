@@ -7,11 +7,12 @@ like have arrays that no rule reads, so that such files are refused by the names
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from mlp_models.layers import grid
 from mlp_models.pretrained.rules import (
   Config,
   Fields,
@@ -20,12 +21,14 @@ from mlp_models.pretrained.rules import (
   Shapes,
   conv_patches,
   count,
+  image_size,
   into_heads,
   linear,
   norm,
+  oblong,
   out_of_heads,
   reshaped,
-  square_side,
+  timm_image_shape,
   transformers_gelu,
 )
 
@@ -37,14 +40,14 @@ def vit_fields(
   num_positions: int,
   hidden: int,
   has_class_token: bool,
-  image_shape: Sequence[int] | None = None,
+  image_shape: tuple[int, int] | None = None,
   **others: Any,
 ) -> Fields:
   """The fields of a model without dropout.
 
   patches: the patch embedding's (D, P, P).
   num_positions: rows of the position embeddings, with or without one for the class token.
-  image_shape: (H, W) that a config says; None: square.
+  image_shape: (H, W) that a config says, if they differ.
   others: fields, num_heads and pool among them.
   """
   width, patch_size, patch_width = patches
@@ -53,29 +56,17 @@ def vit_fields(
   if width % others["num_heads"]:
     raise ValueError(f"{others['num_heads']} heads do not divide the width {width}")
   tokens = {"position": "learned", "class_token": has_class_token and others["pool"] != "cls"}
-  if image_shape and image_shape[0] != image_shape[1]:
-    grid = tuple(side // patch_size for side in image_shape)
-    tokens |= {"grid": grid, "image_size": min(grid) * patch_size}
-  else:
-    class_rows = int(has_class_token and not _is_square(num_positions))
-    side = square_side(num_positions - class_rows, "the position embedding")
-    tokens["image_size"] = side * patch_size
+  if image_shape:
+    are_patches = num_positions == math.prod(grid(image_shape, patch_size))
+  else:  # a grid's size and that size plus 1 are never both squares: no file is read in two ways
+    are_patches = math.isqrt(num_positions) ** 2 == num_positions
+  num_patches = num_positions - int(has_class_token and not are_patches)
+  tokens["image_size"] = image_size(num_patches, "the position embedding", patch_size, image_shape)
   sizes: Fields = {"patch_size": patch_size, "width": width}
   sizes |= {"head_dim": width // others["num_heads"], "mlp_units": (hidden, width)}
   rates = dict.fromkeys(("dropout_rate", "attention_dropout_rate", "head_dropout_rate"), 0.0)
   rest = {"head_units": (), "gelu_last": False, "attention_init": "papers", "head_init": "zeros"}
   return sizes | tokens | rates | rest | others
-
-
-def _is_square(number: int) -> bool:
-  # A grid's size and that size plus 1 are never both squares: no file is read in two ways.
-  return math.isqrt(number) ** 2 == number
-
-
-def _are_patches(positions: tuple[int, ...], fields: Fields) -> bool:
-  """Whether position embeddings of this shape are those of the patches alone."""
-  rows = positions[-2]
-  return rows == math.prod(fields["grid"]) if "grid" in fields else _is_square(rows)
 
 
 def _num_heads(width: int, known: int | None) -> tuple[int, list[str]]:
@@ -92,7 +83,8 @@ def token_rules(fields: Fields, shapes: Shapes, cls: str, position: str | None) 
   has_class_token = fields["class_token"] or fields["pool"] == "cls"
   if has_class_token:
     rules.append(reshaped(cls, "class_token", (1, 1, width), (width,)))
-  if position and position in shapes and has_class_token and _are_patches(shapes[position], fields):
+  num_patches = math.prod(grid(fields["image_size"], fields["patch_size"]))
+  if position and has_class_token and shapes.get(position, (0, 0))[-2] == num_patches:
     # The class token has no position: zeros in ours.
     zeros = np.zeros((1, width), np.float32)
     rules.append(
@@ -137,7 +129,7 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
   return vit_fields(
     patches=(width, *patch),
     num_positions=shapes["pos_embed"][-2],
-    image_shape=_timm_image_shape(config),
+    image_shape=timm_image_shape(config),
     num_classes=shapes.get("head.weight", (0,))[0],
     num_blocks=count(shapes, "blocks.{}."),
     num_heads=num_heads,
@@ -148,14 +140,6 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
     gelu="tanh" if gelu == "gelu_tanh" else "exact",
     norm_epsilon=1e-6,
   )
-
-
-def _timm_image_shape(config: Config) -> Sequence[int] | None:
-  """(H, W) of the images; None if the config does not say."""
-  if size := (config.get("model_args") or {}).get("img_size"):
-    return size if isinstance(size, list | tuple) else None
-  found = {**config, **(config.get("pretrained_cfg") or {})}.get("input_size")
-  return found[1:] if found else None
 
 
 def _timm_pool(shapes: Shapes, global_pool: str | None) -> str:
@@ -209,12 +193,11 @@ def _mlp(first: str, second: str, ours: str) -> list[Rule]:
 def _transformers_fields(shapes: Shapes, config: Config) -> Fields:
   width, _, *patch = shapes["embeddings.patch_embeddings.projection.weight"]
   block, names = _transformers_names(shapes)
-  image_size = config.get("image_size")
   num_heads, notes = _num_heads(width, config.get("num_attention_heads"))
   return vit_fields(
     patches=(width, *patch),
     num_positions=shapes["embeddings.position_embeddings"][-2],
-    image_shape=image_size if isinstance(image_size, list) else None,
+    image_shape=oblong(config.get("image_size")),
     num_classes=shapes.get("classifier.weight", (0,))[0],
     num_blocks=count(shapes, f"{block}."),
     num_heads=num_heads,
