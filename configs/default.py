@@ -44,14 +44,7 @@ def get_config() -> ConfigDict:
 
   config.data = _data()
 
-  config.augment = ConfigDict()
-  config.augment.flip = True  # mirror half of the images left to right
-  config.augment.zoom = 0.2  # height and width, each by a factor within 1 +- zoom
-  config.augment.rotation = 0.0  # within +- this fraction of a full turn
-  # Least area of a random crop, as a fraction of the image in memory, with an aspect ratio of 3/4
-  # to 4/3: usually 0.08 or 0.3. 0.0: none, training sees what evaluation does.
-  config.augment.crop = 0.0
-
+  config.augment = _augment()
   config.optimizer = _optimizer()
 
   config.plateau = ConfigDict()  # the learning rate falls when val_loss does not
@@ -69,6 +62,24 @@ def get_config() -> ConfigDict:
 
   config.checkpoint_seconds = 300.0  # between checkpoints in an epoch; every epoch ends with one
   return config
+
+
+def _augment() -> ConfigDict:
+  augment = ConfigDict()
+  augment.flip = True  # mirror half of the images left to right
+  augment.zoom = 0.2  # height and width, each by a factor within 1 +- zoom
+  augment.rotation = 0.0  # within +- this fraction of a full turn
+  augment.shift = 0.0  # down and to the right, each within +- this fraction of the side
+  # Least area of a random crop, as a fraction of the image in memory: usually 0.08 or 0.3.
+  # 0.0: none, training sees what evaluation does.
+  augment.crop = 0.0
+  augment.crop_aspect = 4 / 3  # most width / height of a crop, and height / width
+  # RandAugment: so many of its 14 operations on each image, 2 in the paper; 0: none.
+  augment.randaugment_ops = 0
+  augment.randaugment_magnitude = 9  # of all of them, from 0 to 30
+  augment.trivial_augment = False  # TrivialAugment (Wide): one operation, at any magnitude
+  augment.erase = 0.0  # the part of the images of which a rectangle becomes the mean colour
+  return augment
 
 
 def _optimizer() -> ConfigDict:

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
+from configs import default
 from train import augment
+from train.augment.factors import Box, Factors, draw_factors
+from train.augment.geometry import normalize, warp
 
-_warp = jax.jit(augment.warp, static_argnums=2)
+_warp = jax.jit(warp, static_argnums=2)
 MEAN, VARIANCE = np.array([120.0, 110.0, 100.0]), np.array([4000.0, 5000.0, 6000.0])
 
 
@@ -25,12 +28,13 @@ def images():
   return np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 
 
-def _factors(B, flip=False, height=0.0, width=0.0, angle=None):
-  return augment.Factors(
+def _factors(B, flip=False, height=0.0, width=0.0, angle=None, shift=None):
+  return Factors(
     flip=jnp.full(B, flip),
     height=jnp.full(B, height),
     width=jnp.full(B, width),
     angle=None if angle is None else jnp.full(B, angle),
+    shift=None if shift is None else jnp.tile(jnp.float32(shift), (B, 1)),
   )
 
 
@@ -41,8 +45,8 @@ def _keras_preprocess(images, image_size):
   return _sample(images, *np.meshgrid(places, places, indexing="ij"), np.clip)
 
 
-def _keras_affine(images, angle, height, width):
-  """RandomRotation, then RandomZoom, each an affine map from output to input coordinates."""
+def _keras_affine(images, angle, height, width, shift=(0, 0)):
+  """RandomRotation, then RandomTranslation and RandomZoom, from output to input coordinates."""
   S = images.shape[1]
   y, x = np.meshgrid(np.arange(S), np.arange(S), indexing="ij")
   if angle:
@@ -50,8 +54,8 @@ def _keras_affine(images, angle, height, width):
     x_offset = ((S - 1) - (cos * (S - 1) - sin * (S - 1))) / 2
     y_offset = ((S - 1) - (sin * (S - 1) + cos * (S - 1))) / 2
     images = _sample(images, sin * x + cos * y + y_offset, cos * x - sin * y + x_offset, _reflect)
-  y = (1 + height) * y + (S - 1) / 2 * -height
-  x = (1 + width) * x + (S - 1) / 2 * -width
+  y = (1 + height) * y + (S - 1) / 2 * -height - S * shift[0]
+  x = (1 + width) * x + (S - 1) / 2 * -width - S * shift[1]
   return _sample(images, y, x, _reflect)
 
 
@@ -119,17 +123,33 @@ def test_warp_equals_its_definition(images, flip, height, width, angle):
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("angle", [None, 0.02])
+@pytest.mark.parametrize("height, shift", [(0.0, (0.1, -0.3)), (-0.2, (-0.25, 0.04))])
+def test_a_shift_and_a_zoom_are_one_map_that_is_sampled_once(images, height, shift, angle):
+  expected = _keras_affine(_keras_preprocess(images, 12), angle, height, 0.1, shift)
+  normalized = (images - MEAN) / np.sqrt(VARIANCE)
+  ours = _warp(jnp.float32(normalized), _factors(4, False, height, 0.1, angle, shift), 12)
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_a_shift_of_whole_pixels_moves_them_and_mirrors_the_edge(images):
+  ours = _warp(jnp.float32(images), _factors(4, shift=(0.25, -0.125)), 8)  # 2 down, 1 to the left
+  padded = np.pad(images, [(0, 0), (2, 0), (0, 1), (0, 0)], mode="symmetric")
+  np.testing.assert_allclose(ours, padded[:, :8, 1:], rtol=0, atol=1e-3)
+
+
 def test_each_image_is_warped_by_its_own_factors(images):
   normalized = jnp.float32(images)
-  factors = augment.Factors(
+  factors = Factors(
     flip=jnp.array([False, True, False, True]),
     height=jnp.array([0.0, 0.1, -0.2, 0.2]),
     width=jnp.array([0.2, 0.0, 0.1, -0.1]),
     angle=jnp.array([0.0, 0.01, -0.02, 0.02]),
+    shift=jnp.array([[0.0, 0.0], [0.1, 0.0], [0.0, -0.1], [0.05, 0.2]]),
   )
   together = _warp(normalized, factors, 12)
   for i in range(4):
-    own = augment.Factors(*(values[i : i + 1] for values in factors))
+    own = Factors(*(values[i : i + 1] for values in factors))
     alone = _warp(normalized[i : i + 1], own, 12)
     np.testing.assert_allclose(together[i], alone[0], rtol=0, atol=1e-4)
 
@@ -152,7 +172,7 @@ def test_augment_without_random_factors_is_preprocess(images):
 
 
 def test_an_image_is_augmented_the_same_in_any_microbatch(images):
-  arguments = dict(mean=MEAN, variance=VARIANCE, image_size=12, rotation=0.02)
+  arguments = dict(mean=MEAN, variance=VARIANCE, image_size=12, rotation=0.02, shift=0.1)
   key, positions = jax.random.key(3), jnp.arange(100, 104)
   jitted = jax.jit(partial(augment.augment, **arguments))
   together = jitted(images, key, positions)
@@ -160,14 +180,28 @@ def test_an_image_is_augmented_the_same_in_any_microbatch(images):
   np.testing.assert_allclose(together, jnp.concatenate(halves), rtol=0, atol=1e-5)
 
 
-def test_no_rotation_leaves_no_gather_in_the_graph(images):
-  def graph(rotation):
-    arguments = dict(mean=MEAN, variance=VARIANCE, image_size=12, rotation=rotation)
-    function = partial(augment.augment, **arguments)
-    return str(jax.make_jaxpr(function)(images, jax.random.key(0), jnp.arange(4)))
+def _graph(function, images):
+  return str(jax.make_jaxpr(function)(images, jax.random.key(0), jnp.arange(4)))
 
-  assert "gather" in graph(0.02)
-  assert "gather" not in graph(0.0)
+
+def test_no_rotation_leaves_no_gather_in_the_graph(images):
+  arguments = dict(mean=MEAN, variance=VARIANCE, image_size=12)
+  assert "gather" in _graph(partial(augment.augment, **arguments, rotation=0.02), images)
+  assert "gather" not in _graph(partial(augment.augment, **arguments), images)
+
+
+def test_knobs_that_are_off_leave_nothing_in_the_graph(images):
+  """What a run computes without them is what it computed before there were any."""
+  config = default.get_config()
+
+  def before(images, key, positions):
+    factors = draw_factors(key, positions, flip=True, zoom=0.2)
+    return warp(normalize(images, MEAN, VARIANCE), factors, 12, Box(0, 0, 8, 8))
+
+  now = partial(
+    augment.augment, mean=MEAN, variance=VARIANCE, image_size=12, **augment.options(config)
+  )
+  assert _graph(now, images) == _graph(before, images)
 
 
 N = 20_000
@@ -175,19 +209,25 @@ N = 20_000
 
 @pytest.fixture(scope="module")
 def drawn():
-  return augment.draw_factors(jax.random.key(0), jnp.arange(N), flip=True, zoom=0.2, rotation=0.02)
+  """[6, N]: height, width, angle, down and right, flip."""
+  factors = draw_factors(
+    jax.random.key(0), jnp.arange(N), flip=True, zoom=0.2, rotation=0.02, shift=0.1
+  )
+  down, right = factors.shift.T
+  columns = factors.height, factors.width, factors.angle, down, right, factors.flip
+  return np.stack([np.float64(values) for values in columns])
 
 
 def test_half_of_the_images_are_flipped(drawn):
-  assert abs(np.mean(drawn.flip) - 0.5) < 4 * 0.5 / np.sqrt(N)
-  none = augment.draw_factors(jax.random.key(0), jnp.arange(N), flip=False, zoom=0.2, rotation=0.0)
+  assert abs(np.mean(drawn[5]) - 0.5) < 4 * 0.5 / np.sqrt(N)
+  none = draw_factors(jax.random.key(0), jnp.arange(N), zoom=0.2)
   assert not np.any(none.flip)
-  assert none.angle is None
+  assert none.angle is None and none.shift is None
 
 
-@pytest.mark.parametrize("name, limit", [("height", 0.2), ("width", 0.2), ("angle", 0.02)])
-def test_factors_are_uniform_between_plus_and_minus_the_limit(drawn, name, limit):
-  values = np.sort(np.float64(getattr(drawn, name)))
+@pytest.mark.parametrize("row, limit", list(enumerate([0.2, 0.2, 0.02, 0.1, 0.1])))
+def test_factors_are_uniform_between_plus_and_minus_the_limit(drawn, row, limit):
+  values = np.sort(drawn[row])
   assert -limit <= values[0] < -0.99 * limit and 0.99 * limit < values[-1] <= limit
   assert abs(values.mean()) < 4 * limit / np.sqrt(3 * N)
   np.testing.assert_allclose(values.var(), limit**2 / 3, rtol=0.03)
@@ -197,13 +237,13 @@ def test_factors_are_uniform_between_plus_and_minus_the_limit(drawn, name, limit
 
 
 def test_factors_of_an_image_are_independent_of_each_other_and_of_its_neighbours(drawn):
-  columns = np.stack([np.float64(values) for values in drawn])  # [4, N]
-  columns = np.concatenate([columns, np.roll(columns, 1, axis=1)])
-  correlation = np.corrcoef(columns) - np.eye(8)
+  columns = np.concatenate([drawn, np.roll(drawn, 1, axis=1)])
+  correlation = np.corrcoef(columns) - np.eye(12)
   assert np.abs(correlation).max() < 5 / np.sqrt(N)
 
 
 def test_keys_draw_independent_factors(drawn):
-  other = augment.draw_factors(jax.random.key(1), jnp.arange(N), flip=True, zoom=0.2, rotation=0.02)
-  for ours, theirs in zip(drawn, other, strict=True):
-    assert abs(np.corrcoef(np.float64(ours), np.float64(theirs))[0, 1]) < 5 / np.sqrt(N)
+  other = draw_factors(jax.random.key(1), jnp.arange(N), flip=True, zoom=0.2, rotation=0.02)
+  ours, theirs = drawn[[5, 0, 1, 2]], other[:4]
+  for one, two in zip(ours, theirs, strict=True):
+    assert abs(np.corrcoef(one, np.float64(two))[0, 1]) < 5 / np.sqrt(N)

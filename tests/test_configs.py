@@ -49,7 +49,13 @@ def test_recipe_is_that_of_the_keras_example(name):
     "flip": True,
     "zoom": 0.2,
     "rotation": 0.02 if name == "vit" else 0.0,
+    "shift": 0.0,
     "crop": 0.0,
+    "crop_aspect": 4 / 3,
+    "randaugment_ops": 0,
+    "randaugment_magnitude": 9,
+    "trivial_augment": False,
+    "erase": 0.0,
   }
 
 

@@ -12,23 +12,24 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from train import augment
-from train.augment import Box
+from train.augment.factors import Box, Factors, draw_boxes, draw_factors
+from train.augment.geometry import warp
 from train.data.framing import CENTER, Framing
 
 MEAN, VARIANCE = np.zeros(3), np.ones(3)  # so that pixels stay as they are
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 N = 20_000
 
-_warp = jax.jit(augment.warp, static_argnums=(2, 4))
+_warp = jax.jit(warp, static_argnums=(2, 4))
 
 
 def noise(*shape: int) -> np.ndarray:
   return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def still(count: int) -> augment.Factors:
+def still(count: int) -> Factors:
   """Neither flip nor zoom."""
-  return augment.Factors(jnp.zeros(count, bool), jnp.zeros(count), jnp.zeros(count))
+  return Factors(jnp.zeros(count, bool), jnp.zeros(count), jnp.zeros(count))
 
 
 def each(boxes: list[tuple]) -> Box:
@@ -73,7 +74,7 @@ def test_bilinear_shrinks_without_antialiasing_as_keras():
 
 def test_a_crop_comes_before_flip_and_zoom():
   images = jnp.float32(noise(5, 24, 30, 3))
-  factors = augment.Factors(
+  factors = Factors(
     flip=jnp.array([False, True, True, False, True]),
     height=jnp.linspace(-0.2, 0.2, 5),
     width=jnp.linspace(0.2, -0.1, 5),
@@ -104,7 +105,7 @@ def test_every_pixel_of_a_random_crop_is_inside_its_box(height, width, size, lea
 
   @jax.jit
   def crop(images, key, count):
-    box = augment.draw_boxes(key, count, least, height, width)
+    box = draw_boxes(key, count, least, height, width)
     return box, augment.augment(images, key, count, **options)
 
   box, ours = crop(images, key, count)
@@ -121,7 +122,7 @@ def test_every_pixel_of_a_random_crop_is_inside_its_box(height, width, size, lea
 
 
 def test_areas_and_aspects_of_crops_are_those_of_the_formula():
-  box = augment.draw_boxes(jax.random.key(0), jnp.arange(N), 0.08, 200, 200)
+  box = draw_boxes(jax.random.key(0), jnp.arange(N), 0.08, 200, 200)
   height, width = (np.float64(side) / 200 for side in (box.height, box.width))
   free = height * width < 0.74  # up to 3/4 no side is longer than the image
   assert 0.71 < free.mean() < 0.73  # (0.74 - 0.08) / 0.92 = 0.717
@@ -140,30 +141,45 @@ def test_areas_and_aspects_of_crops_are_those_of_the_formula():
   assert (height * width)[~free].min() >= 0.74 and 0.02 < np.mean(width == 1) < 0.1
 
 
+def test_the_widest_aspect_is_a_knob():
+  box = draw_boxes(jax.random.key(0), jnp.arange(N), 0.1, 200, 200, aspect=2.0)
+  free = np.asarray(box.height * box.width) < 0.5 * 200**2  # up to 1/2 no side is cut
+  aspect = np.sort(np.log2(np.asarray(box.width / box.height))[free])  # uniform in [-1, 1)
+  uniform = np.arange(0.5, free.sum()) / free.sum()
+  assert np.abs((aspect + 1) / 2 - uniform).max() < 1.95 / np.sqrt(free.sum())
+
+
 def test_aspects_are_measured_in_pixels_unless_images_are_squashed():
-  wide = augment.draw_boxes(jax.random.key(0), jnp.arange(N), 0.1, 100, 200)
+  wide = draw_boxes(jax.random.key(0), jnp.arange(N), 0.1, 100, 200)
   aspect = np.asarray(wide.width / wide.height)[np.asarray(wide.height) < 100]
   assert 0.749 < aspect.min() < 0.76 and 1.32 < aspect.max() < 1.334
-  squashed = augment.draw_boxes(jax.random.key(0), jnp.arange(N), 0.1, 100, 200, is_square=True)
-  square = augment.draw_boxes(jax.random.key(0), jnp.arange(N), 0.1, 100, 100)
+  squashed = draw_boxes(jax.random.key(0), jnp.arange(N), 0.1, 100, 200, is_square=True)
+  square = draw_boxes(jax.random.key(0), jnp.arange(N), 0.1, 100, 100)
   np.testing.assert_allclose(squashed.width, 2 * square.width, rtol=1e-5)
   np.testing.assert_array_equal(squashed.height, square.height)
 
 
 def test_crops_are_independent_of_the_other_factors_which_stay_what_they_were():
   key, places = jax.random.key(0), jnp.arange(N)
-  factors = augment.draw_factors(key, places, flip=True, zoom=0.2, rotation=0.02)
+  factors = draw_factors(key, places, flip=True, zoom=0.2, rotation=0.02, shift=0.1)
   np.testing.assert_array_equal(factors.flip[:4], [False, True, False, True])
   np.testing.assert_allclose(
     factors.height[:4], [-0.1270485, -0.1916435, 0.1649171, 0.0935801], rtol=1e-5
   )
-  box = augment.draw_boxes(key, places, 0.08, 32, 32)
+  box = draw_boxes(key, places, 0.08, 32, 32)
   columns = np.float64(
-    [*factors, box.height * box.width, box.width / box.height, box.top, box.left]
+    [
+      *factors[:4],
+      *factors.shift.T,
+      box.height * box.width,
+      box.width / box.height,
+      box.top,
+      box.left,
+    ]
   )
   correlation = np.corrcoef(np.concatenate([columns, np.roll(columns, 1, axis=1)]))
   # The place depends on the size, of course.
-  between = [correlation[:4, 4:8], correlation[:8, 8:]]
+  between = [correlation[:6, 6:10], correlation[:10, 10:]]
   assert max(np.abs(part).max() for part in between) < 5 / np.sqrt(N)
 
 

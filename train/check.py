@@ -36,6 +36,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
   "data.in_memory_bytes": (0, 2**63, ", or None"),
   "data.max_images": (1, 2**63, ", or None"),
   "data.workers": (1, 1000, ", or None"),
+  "augment.randaugment_ops": (0, 10, " (0: none)"),
+  "augment.randaugment_magnitude": (0, 30, ""),
   "plateau.patience": (1, _INT32, " epoch"),
   "early_stop_patience": (0, _INT32, " (0: never stop)"),
 }
@@ -63,9 +65,7 @@ def check_config(config: ConfigDict) -> None:
   require(0 <= config.seed < 2**32, "seed", "from 0 to 2**32 - 1")
   _check_data(config, require)
   require(0 < config.checkpoint_seconds < math.inf, "checkpoint_seconds", "a number above 0")
-  require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
-  require(0 <= config.augment.crop <= 1, "augment.crop", "from 0 (none) to 1")
-  require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
+  _check_augment(config.augment, require)
   _check_optimizer(config, require)
   require(0 < config.plateau.min_delta < _FLOAT32, "plateau.min_delta", "a number above 0")
   require(0 < config.plateau.factor <= 1, "plateau.factor", "more than 0, at most 1 (1: none)")
@@ -139,6 +139,18 @@ def _check_data(config: ConfigDict, require: Callable[[bool, str, str], None]) -
     require(
       are_numbers, f"data.{name}", f"numbers from {least} to {most:,}, for pixels of 0 to 255"
     )
+
+
+def _check_augment(augment: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+  """The part of `check_config` for `config.augment`."""
+  require(0 <= augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
+  require(0 <= augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
+  require(0 <= augment.shift <= 0.5, "augment.shift", "from 0 to 0.5 of a side")
+  require(0 <= augment.crop <= 1, "augment.crop", "from 0 (none) to 1")
+  require(1 <= augment.crop_aspect <= 100, "augment.crop_aspect", "from 1 (as the image) to 100")
+  require(0 <= augment.erase <= 1, "augment.erase", "from 0 (none) to 1")
+  is_alone = not (augment.trivial_augment and augment.randaugment_ops)
+  require(is_alone, "augment.trivial_augment", "only with augment.randaugment_ops=0")
 
 
 def check_memory(config: ConfigDict, mesh: Mesh) -> None:
