@@ -52,6 +52,8 @@ def get_config() -> ConfigDict:
 
   config.optimizer = _optimizer()
 
+  config.schedule = _schedule()
+
   config.plateau = ConfigDict()  # the learning rate falls when val_loss does not
   config.plateau.factor = 0.5  # multiplies the learning rate; 1.0: it never changes
   config.plateau.patience = 5  # epochs without improvement
@@ -82,6 +84,19 @@ def _optimizer() -> ConfigDict:
   # layers of weights that have learned before. 1.0: all learn alike.
   optimizer.layer_decay = 1.0
   return optimizer
+
+
+def _schedule() -> ConfigDict:
+  """Of the learning rate, step by step; the plateau multiplies it."""
+  schedule = ConfigDict()
+  # After the warm-up: "plateau" and "constant" stay (the former falls by `config.plateau`, the
+  # latter never), "linear" and "cosine" fall to `final` at the last step of all epochs. A run under
+  # these two can't go on for more epochs, and needs no plateau: config.plateau.factor = 1.0.
+  schedule.name = "plateau"
+  schedule.warmup_steps = 0  # steps in which the rate rises linearly
+  schedule.warmup_fraction = 0.0  # the same, as a fraction of all steps; give one of the two
+  schedule.final = 0.0  # what "linear" and "cosine" multiply the learning rate by in the last step
+  return schedule
 
 
 def _data() -> ConfigDict:

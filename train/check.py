@@ -17,6 +17,7 @@ from train.devices.mesh import FSDP
 from train.errors import ConfigError, printable, shown
 from train.knobs import check_knobs
 from train.optimizer import BEST, split_frozen
+from train.schedule import NAMES as SCHEDULES
 
 _MOST = 2**20  # no batch is as large, and no model as wide
 _INT32 = 2**31 - 1  # the state counts in int32
@@ -36,6 +37,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
   "data.max_images": (1, 2**63, ", or None"),
   "data.workers": (1, 1000, ", or None"),
   "plateau.patience": (1, _INT32, " epoch"),
+  "schedule.warmup_steps": (0, _INT32, " (0: none)"),
   "early_stop_patience": (0, _INT32, " (0: never stop)"),
 }
 # Greatest sizes of a model; _MOST for the others.
@@ -69,6 +71,12 @@ def check_config(config: ConfigDict) -> None:
   require(0 <= config.optimizer.b1 < 1, "optimizer.b1", "at least 0 and less than 1")
   require(0 <= config.optimizer.b2 < 1, "optimizer.b2", "at least 0 and less than 1")
   require(0 < config.plateau.factor <= 1, "plateau.factor", "more than 0, at most 1 (1: none)")
+  require(config.schedule.name in SCHEDULES, "schedule.name", " or ".join(SCHEDULES))
+  fraction = config.schedule.warmup_fraction
+  require(0 <= fraction < 1, "schedule.warmup_fraction", "from 0 (none) to below 1")
+  is_once = not (config.schedule.warmup_steps and fraction)
+  require(is_once, "schedule.warmup_fraction", "warmup_steps is given, too: give one of the two")
+  require(0 <= config.schedule.final <= 1, "schedule.final", "from 0 to 1")
   decay = config.optimizer.layer_decay
   require(0 < decay <= 1, "optimizer.layer_decay", "more than 0, at most 1 (1: none)")
   named = all(isinstance(name, str) and name for name in config.freeze)

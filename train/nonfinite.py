@@ -20,9 +20,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train import augment
+from train import augment, schedule
 from train.data import Dataset
-from train.data.batches import eval_batches, image_numbers
+from train.data.batches import eval_batches, image_numbers, num_batches
 from train.data.framing import Framing
 from train.devices.mesh import replicated
 from train.devices.reduction import sum_over_batch
@@ -134,8 +134,7 @@ class Guard:
       self._end(f"step {report['step']}: the loss or a gradient is not finite", report)
     layers = _layers(found)
     parameters = _names(found["finite"])
-    # A stopped state is as before the step that was not finite; another has its parameters from it.
-    number = int(state.step) - (not state.stopped)
+    number = _last_step(state)
     report = {
       "split": "train",
       **self._place(state),
@@ -160,7 +159,10 @@ class Guard:
     )
 
   def _place(self, state: TrainState) -> dict[str, Any]:
-    rate = self._config.optimizer.learning_rate * float(state.plateau.scale)
+    steps_per_epoch = num_batches(len(self._dataset["train"]), self._config.batch_size)
+    total_steps = self._config.epochs * steps_per_epoch
+    number = _last_step(state)
+    rate = schedule.learning_rate(self._config, total_steps, number, state.plateau.scale)
     return {"step": int(state.step), "epoch": int(state.epoch) + 1, "learning_rate": rate}
 
   def _end(self, what: str, report: dict[str, Any]) -> NoReturn:
@@ -235,6 +237,12 @@ def losses_not_finite(
 
   template = jnp.zeros(places.shape)
   return sum_over_batch(forward, template, weights.params, batch, microbatch, mesh) > 0
+
+
+def _last_step(state: TrainState) -> int:
+  """The number, from 0, of the step that was computed last."""
+  # A stopped state is as before the step that was not finite; another has its parameters from it.
+  return int(state.step) - (not state.stopped)
 
 
 def _norm(x: Array) -> Array:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import mlp_models
-from train import optimizer
+from train import optimizer, schedule
 from train.data.splits import DatasetInfo
 from train.devices.mesh import state_shardings
 
@@ -118,7 +118,7 @@ def init_state(
     epoch=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.make_optimizer(config.optimizer, config.freeze).init(params),
-    plateau=optimizer.make_plateau(config.plateau).init(params),
+    plateau=optimizer.make_plateau(schedule.plateau(config)).init(params),
     best=optimizer.init_best(optimizer.BEST[config.best_metric]),
     sums=Sums.zero(),
     mean=jnp.asarray(mean),

@@ -24,6 +24,7 @@ from train.devices.compile import compiler_options, in_background
 from train.devices.mesh import abstract, by_example, state_shardings
 from train.devices.reduction import sum_over_batch
 from train.optimizer import join, make_optimizer, split_frozen
+from train.schedule import Schedule, make_schedule
 from train.state import (
   Sums,
   TrainState,
@@ -41,7 +42,7 @@ Batch = dict[str, Array]  # image uint8 [B, H, W, C], label int32 [B], mask bool
 
 
 def make_train_step(
-  config: ConfigDict, num_classes: int, microbatch: int, mesh: Mesh
+  config: ConfigDict, info: DatasetInfo, microbatch: int, mesh: Mesh
 ) -> jax.stages.Wrapped:
   """`train_step` for a run, jitted: (state, batches) -> (next state, Sums of each step).
 
@@ -50,8 +51,9 @@ def make_train_step(
   """
   step = functools.partial(
     train_step,
-    model=make_model(config, num_classes),
+    model=make_model(config, info.num_classes),
     optimizer=make_optimizer(config.optimizer, config.freeze),
+    schedule=make_schedule(config, total_steps(config, info)),
     freeze=config.freeze,
     augmentation=augment.options(config),
     skip_nonfinite=config.nonfinite == "skip",
@@ -94,6 +96,11 @@ def trace_train_step(
 
 def _steps_per_epoch(config: ConfigDict, info: DatasetInfo) -> int:
   return num_batches(info.sizes["train"], config.batch_size)
+
+
+def total_steps(config: ConfigDict, info: DatasetInfo) -> int:
+  """Steps of a run over all epochs, if it does not stop early."""
+  return config.epochs * _steps_per_epoch(config, info)
 
 
 def compile_in_background(
@@ -148,6 +155,7 @@ def train_step(
   *,
   model: nn.Module,
   optimizer: optax.GradientTransformationExtraArgs,
+  schedule: Schedule,
   freeze: Sequence[str],
   augmentation: dict,
   skip_nonfinite: bool,
@@ -164,6 +172,7 @@ def train_step(
 
   Args:
     batch: the global batch; examples whose mask is False are ignored.
+    schedule: from `schedule.make_schedule`; multiplies the learning rate, as the plateau does.
     freeze: as for `optimizer.split_frozen`; these arrays have no gradients.
     augmentation: from `augment.options`.
     microbatch: images that a device computes at a time; divides its part of the batch.
@@ -179,8 +188,9 @@ def train_step(
   )
   update = jnp.isfinite(sums.loss) & ~state.stopped
   grads = jax.tree.map(lambda g: g / sums.count, grads)
+  scale = state.plateau.scale * schedule(state.step)
   updates, opt_state = optimizer.update(
-    grads, state.opt_state, state.params, learning_rate_scale=state.plateau.scale
+    grads, state.opt_state, state.params, learning_rate_scale=scale
   )
   updated = state.replace(
     step=state.step + 1,
