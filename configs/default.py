@@ -42,22 +42,22 @@ def get_config() -> ConfigDict:
 
   config.data = _data()
 
-  config.augment = ConfigDict()
-  config.augment.flip = True  # mirror half of the images left to right
-  config.augment.zoom = 0.2  # height and width, each by a factor within 1 +- zoom
-  config.augment.rotation = 0.0  # within +- this fraction of a full turn
-  # Least area of a random crop, as a fraction of the image in memory, with an aspect ratio of 3/4
-  # to 4/3: usually 0.08 or 0.3. 0.0: none, training sees what evaluation does.
-  config.augment.crop = 0.0
+  config.augment = _augment()
+  # What the label's class gives to all classes alike, in training. Training's loss is then against
+  # these targets, also of mixed images, and its accuracy against the class with the largest share.
+  config.label_smoothing = 0.0
 
   config.optimizer = _optimizer()
-
   config.schedule = _schedule()
 
   config.plateau = ConfigDict()  # the learning rate falls when val_loss does not
   config.plateau.factor = 0.5  # multiplies the learning rate; 1.0: it never changes
   config.plateau.patience = 5  # epochs without improvement
   config.plateau.min_delta = 1e-4  # absolute; less than this is no improvement
+
+  # Of an exponential moving average of the weights, which is then what is evaluated, kept as the
+  # best and used by all commands: 0.999 or 0.9999, less at first. 0.0: none.
+  config.ema_decay = 0.0
 
   config.best_metric = "val_loss"  # which epoch's weights are kept: "val_loss" or "val_accuracy"
   # Epochs without a new best after which training stops; 0: train all epochs.
@@ -69,6 +69,23 @@ def get_config() -> ConfigDict:
 
   config.checkpoint_seconds = 300.0  # between checkpoints in an epoch; every epoch ends with one
   return config
+
+
+def _augment() -> ConfigDict:
+  augment = ConfigDict()
+  augment.flip = True  # mirror half of the images left to right
+  augment.zoom = 0.2  # height and width, each by a factor within 1 +- zoom
+  augment.rotation = 0.0  # within +- this fraction of a full turn
+  # Least area of a random crop, as a fraction of the image in memory, with an aspect ratio of 3/4
+  # to 4/3: usually 0.08 or 0.3. 0.0: none, training sees what evaluation does.
+  augment.crop = 0.0
+  # Mixing of neighbours in the batch, images and targets alike: shares are drawn from
+  # Beta(alpha, alpha), alpha being 1.0 or less as a rule; 0.0: none. If both are on, half of the
+  # mixed pairs are CutMix. A device's microbatch must be even.
+  augment.mixup = 0.0  # alpha of MixUp: both images all over
+  augment.cutmix = 0.0  # alpha of CutMix: a box of the one in the other
+  augment.mix_probability = 1.0  # of a pair to be mixed, where one of the two is on
+  return augment
 
 
 def _optimizer() -> ConfigDict:

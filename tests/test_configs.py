@@ -41,6 +41,9 @@ def test_recipe_is_that_of_the_keras_example(name):
     "zoom": 0.2,
     "rotation": 0.02 if name == "vit" else 0.0,
     "crop": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "mix_probability": 1.0,
   }
 
 

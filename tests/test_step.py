@@ -25,9 +25,9 @@ from train.step import (
   loss,
   make_eval_step,
   make_train_step,
-  sum_metrics,
   trace_train_step,
 )
+from train.targets import sum_metrics
 
 BATCH = 32
 INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
@@ -122,7 +122,7 @@ def test_step_equals_a_plain_step_over_the_whole_batch():
       mean=state.mean,
       variance=state.variance,
       image_size=model.image_size,
-      **config.augment,
+      **augment.options(config),
     )
     logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])

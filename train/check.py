@@ -65,6 +65,11 @@ def check_config(config: ConfigDict) -> None:
   require(0 <= config.augment.zoom < 1, "augment.zoom", "at least 0 and less than 1")
   require(0 <= config.augment.crop <= 1, "augment.crop", "from 0 (none) to 1")
   require(0 <= config.augment.rotation <= 0.5, "augment.rotation", "from 0 to 0.5 of a turn")
+  for key in ("augment.mixup", "augment.cutmix"):
+    require(0 <= _get(config, key) <= 100, key, "from 0 (none) to 100")
+  require(0 < config.augment.mix_probability <= 1, "augment.mix_probability", "above 0, at most 1")
+  require(0 <= config.ema_decay < 1, "ema_decay", "from 0 (none) to below 1")
+  require(0 <= config.label_smoothing < 1, "label_smoothing", "from 0 (none) to below 1")
   for key in ("optimizer.learning_rate", "optimizer.epsilon", "plateau.min_delta"):
     require(0 < _get(config, key) < _FLOAT32, key, "a number above 0")
   require(0 <= config.optimizer.weight_decay < 1, "optimizer.weight_decay", "from 0 to below 1")
@@ -127,9 +132,9 @@ def _check_data(config: ConfigDict, require: Callable[[bool, str, str], None]) -
 def check_memory(config: ConfigDict, mesh: Mesh) -> None:
   """Raises ConfigError if a step can't fit the memory, whatever the compiler does.
 
-  Counted are float32 parameters, AdamW's two moments of those that train, and the images that are
-  computed at a time; only shapes are computed. It is also an error if `config.freeze` names what
-  the model lacks.
+  Counted are float32 parameters, AdamW's two moments and the average of those that train, and the
+  images that are computed at a time; only shapes are computed. It is also an error if
+  `config.freeze` names what the model lacks.
 
   Args:
     config: accepted by `check_config`.
@@ -139,7 +144,7 @@ def check_memory(config: ConfigDict, mesh: Mesh) -> None:
   images = 4 * 3 * size**2 * microbatch  # of one device
   parameters = _parameters(config)
   trained = _trained_parameters(config) if config.freeze else parameters
-  state = 4 * (parameters + 2 * trained) // mesh.shape[FSDP]
+  state = 4 * (parameters + (3 if config.ema_decay else 2) * trained) // mesh.shape[FSDP]
   device = mesh.local_devices[0]
   if device.platform == "cpu":
     needed, limit = len(mesh.local_devices) * (images + state), memory_limit()

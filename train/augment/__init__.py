@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 from ml_collections import ConfigDict
 
+from train.augment.mixing import Mixing
 from train.data.framing import CENTER, Framing
 
 Array = jax.Array
@@ -51,7 +52,8 @@ class Box(NamedTuple):
 
 def options(config: ConfigDict) -> dict[str, Any]:
   """The keyword arguments of `augment` that a run's config gives."""
-  return config.augment.to_dict() | {"framing": Framing.of(config.data)}
+  knobs = {k: v for k, v in config.augment.items() if k not in Mixing._fields}
+  return knobs | {"framing": Framing.of(config.data)}
 
 
 def preprocess(
