@@ -1,6 +1,7 @@
 """Targets and averaged weights, and with mixing and a schedule all parts of a recipe together."""
 
 import functools
+import json
 import re
 import signal
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from runs import numbers
-from test_step import INFO, mesh_of, run_steps
+from test_nonfinite import poison
+from test_nonfinite import run_steps as guarded_steps
+from test_step import BATCH, INFO, mesh_of, run_steps
 from test_step import smoke_config as config_of
 
-from train.errors import SavedAndStopped
+from train.errors import SavedAndStopped, TrainingFailed
 from train.loop import train_and_evaluate
 from train.pretrained import begin
 from train.run.checkpoint import Checkpoints
@@ -188,3 +191,12 @@ def test_a_stopped_recipe_goes_on_bit_for_bit(smoke_config, tmp_path, monkeypatc
   result = train_and_evaluate(config, tmp_path / "stopped")
   assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
   assert result["best_epoch"] in (1, 2)
+
+
+def test_a_bad_image_is_reported_with_its_partner(monkeypatch, tmp_path):
+  poison(monkeypatch, "loss inf", step=0)
+  batches = [a_batch(number, BATCH) for number in (0, 1)]
+  _, _, error = guarded_steps(recipe_config(), mesh_of(2), batches, tmp_path)
+  assert isinstance(error, TrainingFailed)
+  report = json.loads((tmp_path / "nonfinite.json").read_text())
+  assert (report["examples"], report["learning_rate"]) == ([4, 5], 5e-3)
