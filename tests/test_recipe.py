@@ -13,14 +13,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 from runs import numbers
 from test_nonfinite import poison
 from test_nonfinite import run_steps as guarded_steps
-from test_step import BATCH, INFO, mesh_of, run_steps
+from test_step import BATCH, INFO, fast_compilation, mesh_of, new_state, run_steps  # noqa: F401
 from test_step import smoke_config as config_of
 
 from train.errors import SavedAndStopped, TrainingFailed
 from train.loop import train_and_evaluate
 from train.pretrained import begin
 from train.run.checkpoint import Checkpoints
-from train.state import abstract_state, init_state, make_init, update_average
+from train.state import abstract_state, make_init, update_average
 from train.step import make_train_step, trace_train_step
 from train.targets import sum_metrics, targets
 
@@ -115,23 +115,16 @@ def test_the_average_is_that_of_the_definition():
   assert update_average(None, {}, jnp.int32(1), 0.9) is None
 
 
-def test_only_what_trains_is_averaged_and_weights_have_both():
-  config = recipe_config(freeze=("patch_embed",))
-  state = init_state(config, INFO, *STATISTICS)
+def test_only_what_trains_is_averaged_from_the_first_weights_on():
+  state = make_init(recipe_config(freeze=("patch_embed",)), INFO, mesh_of(1))(*STATISTICS)
   assert "patch_embed" in state.params and "patch_embed" not in state.average
+  params = jax.tree.map(lambda x: np.asarray(x) + 3, state.params)
+  state = begin(state, params)  # of a fine-tuned model
+  jax.tree.map(assert_array_equal, state.weights().params, params)
   state = state.replace(average=jax.tree.map(lambda x: x + 1, state.average))
   weights = state.weights().params
-  assert jax.tree.structure(weights) == jax.tree.structure(state.params)
-  assert_array_equal(weights["patch_embed"]["kernel"], state.params["patch_embed"]["kernel"])
-  assert_array_equal(weights["head"]["bias"], state.params["head"]["bias"] + 1)
-
-
-def test_the_average_of_a_fine_tuned_model_begins_with_its_weights():
-  state = make_init(recipe_config(), INFO, mesh_of(1))(*STATISTICS)
-  params = jax.tree.map(lambda x: np.asarray(x) + 3, state.params)
-  begun = begin(state, params)
-  jax.tree.map(assert_array_equal, begun.average, params)
-  jax.tree.map(assert_array_equal, begun.weights().params, params)
+  assert_array_equal(weights["patch_embed"]["kernel"], params["patch_embed"]["kernel"])
+  assert_array_equal(weights["head"]["bias"], params["head"]["bias"] + 1)
 
 
 def test_a_checkpoint_without_an_average_is_one_of_before(tmp_path):
@@ -167,7 +160,7 @@ def test_neither_devices_nor_microbatches_change_a_recipe():
 
 
 def test_a_stopped_recipe_goes_on_bit_for_bit(smoke_config, tmp_path, monkeypatch):
-  config = smoke_config(epochs=2, model__num_blocks=1, checkpoint_seconds=1e-9)
+  config = smoke_config(epochs=2, model__num_blocks=1)
   config.update_from_flattened_dict(PARTS | {"data.max_images": 256, "batch_size": 64})
   train_and_evaluate(config, tmp_path / "whole")
   calls = []
@@ -196,7 +189,8 @@ def test_a_stopped_recipe_goes_on_bit_for_bit(smoke_config, tmp_path, monkeypatc
 def test_a_bad_image_is_reported_with_its_partner(monkeypatch, tmp_path):
   poison(monkeypatch, "loss inf", step=0)
   batches = [a_batch(number, BATCH) for number in (0, 1)]
-  _, _, error = guarded_steps(recipe_config(), mesh_of(2), batches, tmp_path)
+  _, state, error = guarded_steps(recipe_config(), mesh_of(2), batches, tmp_path)
   assert isinstance(error, TrainingFailed)
+  jax.tree.map(assert_array_equal, state.average, new_state(recipe_config()).average)
   report = json.loads((tmp_path / "nonfinite.json").read_text())
   assert (report["examples"], report["learning_rate"]) == ([4, 5], 5e-3)

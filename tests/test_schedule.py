@@ -78,7 +78,8 @@ def test_the_step_uses_the_rate_that_is_printed():
   total = config.epochs * num_batches(INFO.sizes["train"], BATCH)
   step = total - 3
   state = new_state(config)
-  before, half = state.params["head"]["kernel"], state.plateau._replace(scale=np.float32(0.5))
+  before = np.array(state.params["head"]["kernel"])  # the step donates its state
+  half = state.plateau._replace(scale=np.float32(0.5))
   rate = learning_rate(config, total, step, half.scale)
   np.testing.assert_allclose(rate, 1e-3 * 0.5 * 2 / (total - 5), rtol=1e-4)
   state = state.replace(step=np.int32(step), plateau=half)

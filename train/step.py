@@ -49,6 +49,10 @@ def make_train_step(
 
   `batches` stacks the batches of K steps: image [K, B, H, W, C] and so on. One dispatch runs all K
   steps in order. The input state is donated: it can't be used again.
+
+  Args:
+    info: gives the number of classes, and of training images: how long a schedule is.
+    microbatch: images that a device computes at a time.
   """
   step = functools.partial(
     train_step,
