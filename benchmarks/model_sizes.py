@@ -33,7 +33,7 @@ def step_bytes(name: str, variant: str) -> int:
   shape = (model.image_size, model.image_size, 3)
   info = DatasetInfo("drawn", classes, shape, {"train": _IMAGES})
   mesh = make_mesh(devices=jax.devices()[:1])
-  step = make_train_step(config, info.num_classes, _IMAGES, mesh)
+  step = make_train_step(config, info, _IMAGES, mesh)
   state = abstract_state(make_init(config, info, mesh), info)
   memory = trace_train_step(step, state, config, info, mesh).lower().compile().memory_analysis()
   assert memory is not None

@@ -53,7 +53,7 @@ def sent(models: list[str]) -> None:
     for sizes in MESHES:
       devices = mesh.make_mesh(*sizes)
       microbatch = mesh.microbatch_size(config, devices)
-      step = make_train_step(config, info.num_classes, microbatch, devices)
+      step = make_train_step(config, info, microbatch, devices)
       state = abstract_state(make_init(config, info, devices), info)
       text = trace_train_step(step, state, config, info, devices).lower().compile().as_text()
       total = dict.fromkeys(kinds, 0.0)

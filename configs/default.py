@@ -45,12 +45,21 @@ def get_config() -> ConfigDict:
   config.data = _data()
 
   config.augment = _augment()
+  # What the label's class gives to all classes alike, in training. Training's loss is then against
+  # these targets, also of mixed images, and its accuracy against the class with the largest share.
+  config.label_smoothing = 0.0
+
   config.optimizer = _optimizer()
+  config.schedule = _schedule()
 
   config.plateau = ConfigDict()  # the learning rate falls when val_loss does not
   config.plateau.factor = 0.5  # multiplies the learning rate; 1.0: it never changes
   config.plateau.patience = 5  # epochs without improvement
   config.plateau.min_delta = 1e-4  # absolute; less than this is no improvement
+
+  # Of an exponential moving average of the weights, which is then what is evaluated, kept as the
+  # best and used by all commands: 0.999 or 0.9999, less at first. 0.0: none.
+  config.ema_decay = 0.0
 
   config.best_metric = "val_loss"  # which epoch's weights are kept: "val_loss" or "val_accuracy"
   # Epochs without a new best after which training stops; 0: train all epochs.
@@ -79,6 +88,12 @@ def _augment() -> ConfigDict:
   augment.randaugment_magnitude = 9  # of all of them, from 0 to 30
   augment.trivial_augment = False  # TrivialAugment (Wide): one operation, at any magnitude
   augment.erase = 0.0  # the part of the images of which a rectangle becomes the mean colour
+  # Mixing of neighbours in the batch, images and targets alike: shares are drawn from
+  # Beta(alpha, alpha), alpha being 1.0 or less as a rule; 0.0: none. If both are on, half of the
+  # mixed pairs are CutMix. A device's microbatch must be even.
+  augment.mixup = 0.0  # alpha of MixUp: both images all over
+  augment.cutmix = 0.0  # alpha of CutMix: a box of the one in the other
+  augment.mix_probability = 1.0  # of a pair to be mixed, where one of the two is on
   return augment
 
 
@@ -102,6 +117,19 @@ def _optimizer() -> ConfigDict:
   # layers of weights that have learned before. 1.0: all learn alike.
   optimizer.layer_decay = 1.0
   return optimizer
+
+
+def _schedule() -> ConfigDict:
+  """Of the learning rate, step by step; the plateau multiplies it."""
+  schedule = ConfigDict()
+  # After the warm-up: "plateau" and "constant" stay (the former falls by `config.plateau`, the
+  # latter never), "linear" and "cosine" fall to `final` at the last step of all epochs. A run under
+  # these two can't go on for more epochs, and needs no plateau: config.plateau.factor = 1.0.
+  schedule.name = "plateau"
+  schedule.warmup_steps = 0  # steps in which the rate rises linearly
+  schedule.warmup_fraction = 0.0  # the same, as a fraction of all steps; give one of the two
+  schedule.final = 0.0  # what "linear" and "cosine" multiply the learning rate by in the last step
+  return schedule
 
 
 def _data() -> ConfigDict:

@@ -95,7 +95,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 def memory(config: ConfigDict, info: DatasetInfo, mesh: Mesh, chip: Chip) -> dict[str, Any]:
   """Compiles the train step: GiB of HBM it needs on each device and, if it compiles, its text."""
-  step = make_train_step(config, info.num_classes, microbatch_size(config, mesh), mesh)
+  step = make_train_step(config, info, microbatch_size(config, mesh), mesh)
   state = abstract_state(make_init(config, info, mesh), info)
   leaves = jax.tree.leaves(state)
   figures = {

@@ -21,7 +21,7 @@ def train_step(data: int, fsdp: int) -> tuple[list[Collective], int, int]:
   """Collectives of Mixer's step on eight devices; bytes of parameters sharded and replicated."""
   config = mixer.get_config()
   mesh = make_mesh(data, fsdp, jax.devices()[:8])
-  step = make_train_step(config, INFO.num_classes, microbatch_size(config, mesh), mesh)
+  step = make_train_step(config, INFO, microbatch_size(config, mesh), mesh)
   state = abstract_state(make_init(config, INFO, mesh), INFO)
   sharded = replicated = 0
   for x in jax.tree.leaves(state.params):

@@ -56,6 +56,9 @@ def test_recipe_is_that_of_the_keras_example(name):
     "randaugment_magnitude": 9,
     "trivial_augment": False,
     "erase": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "mix_probability": 1.0,
   }
 
 

@@ -152,7 +152,7 @@ def test_limits_and_compiled_steps_follow_decode_size(photos):
   config.data.in_memory_bytes -= 1
   assert isinstance(data.load(config.data, 32).train, data.StreamedSplit)
   mesh, info = make_mesh(devices=jax.devices()[:1]), data.foresee(config.data)
-  step = make_train_step(config, info.num_classes, 8, mesh)
+  step = make_train_step(config, info, 8, mesh)
   state = abstract_state(make_init(config, info, mesh), info)
   lowered = trace_train_step(step, state, config, info, mesh).lower()
   assert f"tensor<1x{config.batch_size}x24x24x3xui8>" in lowered.as_text()

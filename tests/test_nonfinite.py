@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import COMMAND, start
-from test_step import BATCH, mesh_of, new_state, noise_batch
+from test_step import BATCH, INFO, mesh_of, new_state, noise_batch
 from test_step import smoke_config as config_of
 
 import train.step
@@ -69,7 +69,7 @@ def poison(monkeypatch, kind: str, step: int, image=None) -> None:
 def run_steps(config, mesh, batches: list[dict], folder, state=None):
   """Steps under a Guard, which looks one call later: the losses and the last state."""
   config.batch_size, microbatch = BATCH, BATCH // mesh.size
-  step = make_train_step(config, 100, microbatch, mesh)
+  step = make_train_step(config, INFO, microbatch, mesh)
   images = Split(np.zeros((100, 1, 1, 3), np.uint8), np.zeros(100, np.int32))
   guard = Guard(config, make_model(config, 100), {"train": images}, microbatch, mesh, folder)
   state = state or new_state(config)

@@ -26,7 +26,7 @@ def losses(config: ConfigDict, devices: int, microbatch: int) -> list[float]:
   }
   batches = jax.tree.map(lambda x: np.stack([x] * STEPS), batch)
   state = make_init(config, INFO, mesh)(np.full(3, 127, np.float32), np.full(3, 5400, np.float32))
-  step = make_train_step(config, INFO.num_classes, microbatch, mesh)
+  step = make_train_step(config, INFO, microbatch, mesh)
   _, sums = step(state, jax.device_put(batches, by_example(mesh, axis=1)))
   return (sums.loss / sums.count).tolist()
 

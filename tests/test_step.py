@@ -25,9 +25,9 @@ from train.step import (
   loss,
   make_eval_step,
   make_train_step,
-  sum_metrics,
   trace_train_step,
 )
+from train.targets import sum_metrics
 
 BATCH = 32
 INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
@@ -57,7 +57,7 @@ def mesh_of(data: int, fsdp: int = 1):
 def run_steps(config, mesh, microbatch: int, batches: list[dict], state=None):
   """The loss of each step and the last state; `mesh` is a mesh or a number of devices."""
   mesh = mesh_of(mesh) if isinstance(mesh, int) else mesh
-  step = make_train_step(config, 100, microbatch, mesh)
+  step = make_train_step(config, INFO, microbatch, mesh)
   state = state or new_state(config)
   state = jax.device_put(state, state_shardings(state, mesh))
   losses = []
@@ -122,7 +122,7 @@ def test_step_equals_a_plain_step_over_the_whole_batch():
       mean=state.mean,
       variance=state.variance,
       image_size=model.image_size,
-      **config.augment,
+      **augment.options(config),
     )
     logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
@@ -213,7 +213,7 @@ def test_sum_metrics_on_logits_made_by_hand():
 def compiled_step(config, mesh, microbatch: int) -> jax.stages.Compiled:
   mesh = mesh_of(mesh) if isinstance(mesh, int) else mesh
   config.batch_size = BATCH
-  step = make_train_step(config, 100, microbatch, mesh)
+  step = make_train_step(config, INFO, microbatch, mesh)
   state = abstract_state(make_init(config, INFO, mesh), INFO)
   return trace_train_step(step, state, config, INFO, mesh).lower().compile()
 
@@ -287,7 +287,7 @@ def test_what_was_compiled_in_the_background_is_not_compiled_again(calls):
   config, mesh = smoke_config("fnet"), mesh_of(2)
   config.batch_size, config.steps_per_call = BATCH, calls[0]
   assert num_batches(INFO.sizes["train"], BATCH) % 2 == 1
-  step, init = make_train_step(config, 100, 4, mesh), make_init(config, INFO, mesh)
+  step, init = make_train_step(config, INFO, 4, mesh), make_init(config, INFO, mesh)
   compile_in_background(step, init, config, INFO, mesh).result()
   batches = stack(map(noise_batch, range(sum(calls))), iter(calls))
   batches = [jax.device_put(call, by_example(mesh, axis=1)) for call in batches]

@@ -27,7 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mlp_models
-from train import augment, check, data, flags, pretrained
+from train import check, data, flags, pretrained
 from train.cost import flops_per_image, matmul_peak
 from train.devices.compile import compiler_options, start_jax
 from train.devices.machine import peak_memory, process_age
@@ -38,6 +38,7 @@ from train.optimizer import split_frozen
 from train.state import count_parameters, make_model
 from train.step import evaluate, loss, make_eval_step, make_gradients
 from train.sweep import sweep_and_draw, tune
+from train.targets import make_prepare
 from train.timing import Training, prepare, time_steps
 
 
@@ -128,26 +129,18 @@ def _parts_of_a_step(training: Training) -> dict[str, Callable]:
   """Functions of (params, batches), each a step up to the end of one phase."""
   config, devices, state = training.config, training.mesh, training.state
   model = make_model(config, training.info.num_classes)
-  augmentation = augment.options(config)
+  prepare = make_prepare(config, training.info.num_classes)
 
   def only_augment(params, examples, positions):
-    images = augment.augment(
-      examples["image"],
-      jax.random.key(0),
-      positions,
-      mean=state.mean,
-      variance=state.variance,
-      image_size=config.model.image_size,
-      **augmentation,
-    )
-    return images.sum()
+    images, labels = prepare(examples, jax.random.key(0), positions, state)
+    return images.sum() + labels.sum()
 
-  whole_loss = functools.partial(loss, state=state, model=model, augmentation=augmentation)
+  whole_loss = functools.partial(loss, state=state, model=model, prepare=prepare)
   parts: dict[str, tuple[Callable, Any]] = {  # each with a template of its result
     "augment": (only_augment, jnp.float32(0)),
     "forward": (whole_loss, (jnp.float32(0), state.sums)),
     "backward": (
-      make_gradients(state, model, augmentation, config.freeze),
+      make_gradients(state, model, prepare, config.freeze),
       (split_frozen(state.params, config.freeze)[0], state.sums),
     ),
   }

@@ -17,6 +17,7 @@ from train.devices.mesh import FSDP
 from train.errors import ConfigError, printable, shown
 from train.knobs import check_knobs
 from train.optimizer import BEST, split_frozen
+from train.schedule import NAMES as SCHEDULES
 from train.update_rules import RULES
 
 _MOST = 2**20  # no batch is as large, and no model as wide
@@ -39,6 +40,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
   "augment.randaugment_ops": (0, 10, " (0: none)"),
   "augment.randaugment_magnitude": (0, 30, ""),
   "plateau.patience": (1, _INT32, " epoch"),
+  "schedule.warmup_steps": (0, _INT32, " (0: none)"),
   "early_stop_patience": (0, _INT32, " (0: never stop)"),
 }
 # Greatest sizes of a model; _MOST for the others.
@@ -69,6 +71,9 @@ def check_config(config: ConfigDict) -> None:
   _check_optimizer(config, require)
   require(0 < config.plateau.min_delta < _FLOAT32, "plateau.min_delta", "a number above 0")
   require(0 < config.plateau.factor <= 1, "plateau.factor", "more than 0, at most 1 (1: none)")
+  _check_schedule(config.schedule, require)
+  require(0 <= config.ema_decay < 1, "ema_decay", "from 0 (none) to below 1")
+  require(0 <= config.label_smoothing < 1, "label_smoothing", "from 0 (none) to below 1")
   named = all(isinstance(name, str) and name for name in config.freeze)
   require(named, "freeze", "names of parameters, such as patch_embed,block0, or backbone")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
@@ -149,16 +154,29 @@ def _check_augment(augment: ConfigDict, require: Callable[[bool, str, str], None
   require(0 <= augment.crop <= 1, "augment.crop", "from 0 (none) to 1")
   require(1 <= augment.crop_aspect <= 100, "augment.crop_aspect", "from 1 (as the image) to 100")
   require(0 <= augment.erase <= 1, "augment.erase", "from 0 (none) to 1")
+  require(0 <= augment.mixup <= 100, "augment.mixup", "from 0 (none) to 100")
+  require(0 <= augment.cutmix <= 100, "augment.cutmix", "from 0 (none) to 100")
+  require(0 < augment.mix_probability <= 1, "augment.mix_probability", "above 0, at most 1")
   is_alone = not (augment.trivial_augment and augment.randaugment_ops)
   require(is_alone, "augment.trivial_augment", "only with augment.randaugment_ops=0")
+
+
+def _check_schedule(schedule: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+  """The part of `check_config` for `config.schedule`."""
+  require(schedule.name in SCHEDULES, "schedule.name", " or ".join(SCHEDULES))
+  fraction = schedule.warmup_fraction
+  require(0 <= fraction < 1, "schedule.warmup_fraction", "from 0 (none) to below 1")
+  is_once = not (schedule.warmup_steps and fraction)
+  require(is_once, "schedule.warmup_fraction", "warmup_steps is given, too: give one of the two")
+  require(0 <= schedule.final <= 1, "schedule.final", "from 0 to 1")
 
 
 def check_memory(config: ConfigDict, mesh: Mesh) -> None:
   """Raises ConfigError if a step can't fit the memory, whatever the compiler does.
 
-  Counted are float32 parameters, the optimizer's moments of those that train, and the images that
-  are computed at a time; only shapes are computed. It is also an error if `config.freeze` names
-  what the model lacks.
+  Counted are float32 parameters, the optimizer's moments and the average of those that train, and
+  the images that are computed at a time; only shapes are computed. It is also an error if
+  `config.freeze` names what the model lacks.
 
   Args:
     config: accepted by `check_config`.
@@ -168,7 +186,8 @@ def check_memory(config: ConfigDict, mesh: Mesh) -> None:
   images = 4 * 3 * size**2 * microbatch  # of one device
   parameters = _parameters(config)
   trained = _trained_parameters(config) if config.freeze else parameters
-  state = 4 * (parameters + _MOMENTS[config.optimizer.name] * trained) // mesh.shape[FSDP]
+  copies = _MOMENTS[config.optimizer.name] + bool(config.ema_decay)
+  state = 4 * (parameters + copies * trained) // mesh.shape[FSDP]
   device = mesh.local_devices[0]
   if device.platform == "cpu":
     needed, limit = len(mesh.local_devices) * (images + state), memory_limit()

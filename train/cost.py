@@ -33,7 +33,7 @@ def flops_per_image(
   config = config.copy_and_resolve_references()
   config.steps_per_call = 1
   config.remat = config.remat and recomputed
-  step = make_train_step(config, info.num_classes, config.batch_size, device)
+  step = make_train_step(config, info, config.batch_size, device)
   state = abstract_state(make_init(config, info, device), info)
   traced = trace_train_step(step, state, config, info, device)
   costs = traced.lower(lowering_platforms=(platform,) if platform else None).cost_analysis()

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train import data, optimizer, pretrained
+from train import data, optimizer, pretrained, schedule
 from train.check import check_memory
 from train.data import statistics
 from train.data.batches import num_batches, train_calls
@@ -36,7 +36,13 @@ from train.state import (
   make_init,
   make_model,
 )
-from train.step import compile_in_background, evaluate, make_eval_step, make_train_step
+from train.step import (
+  compile_in_background,
+  evaluate,
+  make_eval_step,
+  make_train_step,
+  total_steps,
+)
 
 _SAVE = 1  # vote 1: save; a larger vote is 1 + the number of a signal: save and stop
 
@@ -50,7 +56,7 @@ def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[st
   Returns:
     The content of summary.json: test metrics of the best epoch's weights, and figures of the run.
   Raises:
-    ConfigError: the batch does not fit the devices, or `config.init` not the rest.
+    ConfigError: the batch does not fit the devices, the warm-up the run, or `config.init` the rest.
     DataError: the dataset is unavailable or broken.
     WorkdirError: the folder can't be used, is in use by another process, or holds a run of another
       config or version.
@@ -68,6 +74,7 @@ def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[st
   with contextlib.ExitStack() as stack:
     stack.enter_context(lock.owned(folder))
     info = claim(config, folder)
+    schedule.check_warmup(config, total_steps(config, info))
     summary = metrics.read_summary(folder)
     if summary and metrics.is_finished(summary, config.epochs):
       print(f"{folder} holds a finished run; another --workdir starts a new one.")
@@ -162,7 +169,7 @@ def open_run(
   checkpoints.require_version()
   weights = pretrained.load(config, info) if checkpoints.last_version() is None else None
 
-  step = make_train_step(config, info.num_classes, microbatch, mesh)
+  step = make_train_step(config, info, microbatch, mesh)
   compiling = compile_in_background(step, init, config, info, mesh)
   dataset = data.load(config.data, config.model.image_size, sharers=hosts.processes_here())
   compiled, _ = compiling.result()
@@ -180,7 +187,7 @@ def open_run(
     print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
   print(format_header(config, info, dataset, state, mesh, microbatch, compiled), flush=True)
 
-  steps = config.epochs * num_batches(info.sizes["train"], config.batch_size)
+  steps = total_steps(config, info)
   title = f"{config.model.name} on {info.name}"
   run = Run(
     config=config,
@@ -229,7 +236,9 @@ def train(run: Run, state: TrainState) -> TrainState:
         "epoch": epoch,
         "step": int(state.step),
         **{f"{split}_{k}": v for split, values in metrics_of.items() for k, v in values.items()},
-        "learning_rate": config.optimizer.learning_rate * float(state.plateau.scale),
+        "learning_rate": schedule.learning_rate(
+          config, steps.stop, int(state.step) - 1, state.plateau.scale
+        ),
         "images_per_second": max(0, seen) / train_seconds,
         "seconds": time.perf_counter() - began,
       }
@@ -302,7 +311,7 @@ def _evaluate(run: Run, state: TrainState, weights: Weights, split: str) -> dict
 
 def _make_finish_epoch(config: ConfigDict, mesh: Mesh) -> Callable:
   """Makes (state, val_loss, value of `best_metric`) -> the state that begins the next epoch."""
-  plateau = optimizer.make_plateau(config.plateau)
+  plateau = optimizer.make_plateau(schedule.plateau(config))
   mode = optimizer.BEST[config.best_metric]
 
   @functools.partial(jax.jit, out_shardings=replicated(mesh))

@@ -20,9 +20,10 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train import augment
+from train import schedule
+from train.augment import mixing
 from train.data import Dataset
-from train.data.batches import eval_batches, image_numbers
+from train.data.batches import eval_batches, image_numbers, num_batches
 from train.data.framing import Framing
 from train.devices.mesh import replicated
 from train.devices.reduction import sum_over_batch
@@ -33,6 +34,7 @@ from train.run.storage import write_atomically
 from train.run.workdir import NONFINITE
 from train.state import Sums, TrainState, Weights
 from train.step import Batch, eval_logits, make_gradients, overflow
+from train.targets import Prepare, make_prepare
 
 Array = jax.Array
 _ADVICE = "try a smaller --config.optimizer.learning_rate in another --workdir"
@@ -62,8 +64,9 @@ class Guard:
       functools.partial(
         diagnose,
         model=model,
-        augmentation=augment.options(config),
+        prepare=make_prepare(config, model.num_classes),
         freeze=config.freeze,
+        microbatch=2 if mixing.options(config) else 1,
         mesh=mesh,
       )
     )
@@ -134,8 +137,7 @@ class Guard:
       self._end(f"step {report['step']}: the loss or a gradient is not finite", report)
     layers = _layers(found)
     parameters = _names(found["finite"])
-    # A stopped state is as before the step that was not finite; another has its parameters from it.
-    number = int(state.step) - (not state.stopped)
+    number = _last_step(state)
     report = {
       "split": "train",
       **self._place(state),
@@ -160,7 +162,10 @@ class Guard:
     )
 
   def _place(self, state: TrainState) -> dict[str, Any]:
-    rate = self._config.optimizer.learning_rate * float(state.plateau.scale)
+    steps_per_epoch = num_batches(len(self._dataset["train"]), self._config.batch_size)
+    total_steps = self._config.epochs * steps_per_epoch
+    number = _last_step(state)
+    rate = schedule.learning_rate(self._config, total_steps, number, state.plateau.scale)
     return {"step": int(state.step), "epoch": int(state.epoch) + 1, "learning_rate": rate}
 
   def _end(self, what: str, report: dict[str, Any]) -> NoReturn:
@@ -181,31 +186,34 @@ def diagnose(
   index: Array,
   *,
   model: nn.Module,
-  augmentation: dict,
+  prepare: Prepare,
   freeze: Sequence[str],
+  microbatch: int,
   mesh: Mesh,
 ) -> dict[str, Any]:
-  """Computes a step's gradients anew, one example at a time: less memory than the step needs.
+  """Computes a step's gradients anew, by single examples: less memory than the step needs.
 
   Args:
     state: before the step.
     batches: image [K, B, H, W, C] and so on; the step's batch is `batches[index]`.
+    microbatch: 1, or 2 where images are mixed in pairs: a pair is then bad as a whole.
   Returns:
     "loss": float32 [], the mean. "bad": bool [B], examples whose loss or gradient is not finite.
     Trees like the parameters: "gradients" (of those that train) and "norms", norms (float32 []) of
     the loss' gradient and of the parameter, and "finite" (bool []), whether the parameter is.
   """
   batch = jax.tree.map(lambda x: x[index], batches)
-  gradients = make_gradients(state, model, augmentation, freeze)
+  gradients = make_gradients(state, model, prepare, freeze)
   places = jnp.arange(len(batch["label"]))
 
-  def single(params, example: Batch, position: Array) -> tuple[dict, Sums, Array]:
-    grads, sums = gradients(params, example, position)
+  def single(params, examples: Batch, positions: Array) -> tuple[dict, Sums, Array]:
+    grads, sums = gradients(params, examples, positions)
     bad = ~jnp.isfinite(sums.loss) | overflow(grads)
-    return grads, sums, ((places == position) & bad).astype(jnp.float32)
+    is_here = (places[:, None] == positions).any(1)
+    return grads, sums, (is_here & bad).astype(jnp.float32)
 
   template = (split_frozen(state.params, freeze)[0], state.sums, jnp.zeros(places.shape))
-  grads, sums, bad = sum_over_batch(single, template, state.params, batch, 1, mesh)
+  grads, sums, bad = sum_over_batch(single, template, state.params, batch, microbatch, mesh)
   return {
     "loss": sums.loss / sums.count,
     "bad": bad > 0,
@@ -235,6 +243,12 @@ def losses_not_finite(
 
   template = jnp.zeros(places.shape)
   return sum_over_batch(forward, template, weights.params, batch, microbatch, mesh) > 0
+
+
+def _last_step(state: TrainState) -> int:
+  """The number, from 0, of the step that was computed last."""
+  # A stopped state is as before the step that was not finite; another has its parameters from it.
+  return int(state.step) - (not state.stopped)
 
 
 def _norm(x: Array) -> Array:

@@ -105,7 +105,8 @@ def begin(state: TrainState, params: dict[str, Any] | None) -> TrainState:
     array = array.astype(own.dtype)
     return jax.make_array_from_callback(array.shape, own.sharding, array.__getitem__)
 
-  return state.replace(params=jax.tree_util.tree_map_with_path(place, params, state.params))
+  params = jax.tree_util.tree_map_with_path(place, params, state.params)
+  return state.replace(params=params).begin_average()
 
 
 def _said_by_weights(source: str, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

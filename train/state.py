@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import mlp_models
-from train import optimizer
+from train import optimizer, schedule
 from train.data.splits import DatasetInfo
 from train.devices.mesh import state_shardings
 
@@ -56,7 +57,8 @@ class TrainState(struct.PyTreeNode):
   """A run at some step. The rest of the run is a pure function of this and of the config.
 
   VERSION goes up when the fields change, or how a step uses them: checkpoints of another version
-  are refused. mlp_models 0.3 writes 2, 0.2 wrote 1, 0.1 none.
+  are refused. mlp_models 0.3 writes 2, 0.2 wrote 1, 0.1 none. A field that is None leaves nothing
+  in a checkpoint, so that adding one that may be None needs no new version.
   """
 
   VERSION: ClassVar[int] = 2
@@ -72,10 +74,29 @@ class TrainState(struct.PyTreeNode):
   skipped: Array  # int32 []: steps without an update because loss or gradients were not finite
   stopped: Array  # bool []: the next step is not finite; from there on nothing changes any more
   seed: Array  # uint32 []: not a PRNG key, which would tie the checkpoint to JAX's key type
+  average: dict | None = None  # of the params that train, over the steps; None: not averaged
 
   def weights(self) -> Weights:
-    """Params and channel statistics, without what only training needs."""
-    return Weights(self.params, self.mean, self.variance)
+    """Params, averaged if they are, and channel statistics: what evaluation and prediction use."""
+    params = self.params
+    if self.average is not None:
+      params = unflatten_dict(flatten_dict(params) | flatten_dict(self.average))
+    return Weights(params, self.mean, self.variance)
+
+  def begin_average(self) -> "TrainState":
+    """The average begun anew with the params, if they are averaged."""
+    if self.average is None:
+      return self
+    params = flatten_dict(self.params)
+    return self.replace(
+      average=unflatten_dict({name: jnp.copy(params[name]) for name in flatten_dict(self.average)})
+    )
+
+
+def saved_fields(tree: TrainState | Weights) -> dict[str, Any]:
+  """What a checkpoint holds of it. Of a field that is None orbax would make a note, and require it
+  of every template."""
+  return {name: value for name, value in vars(tree).items() if value is not None}
 
 
 def count_parameters(params: dict) -> int:
@@ -113,12 +134,13 @@ def init_state(
   model = make_model(config, info.num_classes)
   images = jnp.zeros((1, size, size, channels), jnp.float32)
   params = model.init(jax.random.key(config.seed), images)["params"]
+  trained, _ = optimizer.split_frozen(params, config.freeze)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     epoch=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.make_optimizer(config.optimizer, config.freeze).init(params),
-    plateau=optimizer.make_plateau(config.plateau).init(params),
+    plateau=optimizer.make_plateau(schedule.plateau(config)).init(params),
     best=optimizer.init_best(optimizer.BEST[config.best_metric]),
     sums=Sums.zero(),
     mean=jnp.asarray(mean),
@@ -126,7 +148,26 @@ def init_state(
     skipped=jnp.zeros((), jnp.int32),
     stopped=jnp.zeros((), jnp.bool),
     seed=jnp.asarray(config.seed, jnp.uint32),
+    average=jax.tree.map(jnp.copy, trained) if config.ema_decay else None,
   )
+
+
+def update_average(average: dict | None, trained: dict, updates: Array, decay: float) -> Any:
+  """The exponential moving average after one more update: decay * average + (1 - decay) * params.
+
+  Early on the decay is less, (1 + updates) / (10 + updates), so that the initial weights, which are
+  random, are soon forgotten. Follows TensorFlow's `tf.train.ExponentialMovingAverage` with
+  `num_updates`.
+
+  Args:
+    average: None: nothing is averaged, and None is returned.
+    trained: the parameters that train, after the update.
+    updates: int32 [], done so far, this one included.
+  """
+  if average is None:
+    return None
+  kept = jnp.minimum(decay, (1 + updates) / (10 + updates))
+  return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, average, trained)
 
 
 def make_init(config: ConfigDict, info: DatasetInfo, mesh: Mesh) -> jax.stages.Wrapped:

@@ -24,6 +24,7 @@ from train.devices.compile import compiler_options, in_background
 from train.devices.mesh import abstract, by_example, state_shardings
 from train.devices.reduction import sum_over_batch
 from train.optimizer import join, make_optimizer, split_frozen
+from train.schedule import Schedule, make_schedule
 from train.state import (
   Sums,
   TrainState,
@@ -32,28 +33,35 @@ from train.state import (
   abstract_statistics,
   apply_model,
   make_model,
+  update_average,
 )
+from train.targets import Batch, Prepare, make_prepare, sum_metrics
 
 Array = jax.Array
 # Larger gradients count as infinite: Adam averages their squares, which would overflow.
 _LARGEST_GRADIENT = 2.0**63
-Batch = dict[str, Array]  # image uint8 [B, H, W, C], label int32 [B], mask bool [B]
 
 
 def make_train_step(
-  config: ConfigDict, num_classes: int, microbatch: int, mesh: Mesh
+  config: ConfigDict, info: DatasetInfo, microbatch: int, mesh: Mesh
 ) -> jax.stages.Wrapped:
   """`train_step` for a run, jitted: (state, batches) -> (next state, Sums of each step).
 
   `batches` stacks the batches of K steps: image [K, B, H, W, C] and so on. One dispatch runs all K
   steps in order. The input state is donated: it can't be used again.
+
+  Args:
+    info: gives the number of classes, and of training images: how long a schedule is.
+    microbatch: images that a device computes at a time.
   """
   step = functools.partial(
     train_step,
-    model=make_model(config, num_classes),
+    model=make_model(config, info.num_classes),
     optimizer=make_optimizer(config.optimizer, config.freeze, by_example(mesh)),
+    schedule=make_schedule(config, total_steps(config, info)),
+    ema_decay=config.ema_decay,
     freeze=config.freeze,
-    augmentation=augment.options(config),
+    prepare=make_prepare(config, info.num_classes),
     skip_nonfinite=config.nonfinite == "skip",
     microbatch=microbatch,
     mesh=mesh,
@@ -94,6 +102,11 @@ def trace_train_step(
 
 def _steps_per_epoch(config: ConfigDict, info: DatasetInfo) -> int:
   return num_batches(info.sizes["train"], config.batch_size)
+
+
+def total_steps(config: ConfigDict, info: DatasetInfo) -> int:
+  """Steps of a run over all epochs, if it does not stop early."""
+  return config.epochs * _steps_per_epoch(config, info)
 
 
 def compile_in_background(
@@ -148,8 +161,10 @@ def train_step(
   *,
   model: nn.Module,
   optimizer: optax.GradientTransformationExtraArgs,
+  schedule: Schedule,
+  ema_decay: float,
   freeze: Sequence[str],
-  augmentation: dict,
+  prepare: Prepare,
   skip_nonfinite: bool,
   microbatch: int,
   mesh: Mesh,
@@ -164,14 +179,16 @@ def train_step(
 
   Args:
     batch: the global batch; examples whose mask is False are ignored.
+    schedule: from `schedule.make_schedule`; multiplies the learning rate, as the plateau does.
+    ema_decay: of the weights' average, if the state has one.
     freeze: as for `optimizer.split_frozen`; these arrays have no gradients.
-    augmentation: from `augment.options`.
+    prepare: from `targets.make_prepare`.
     microbatch: images that a device computes at a time; divides its part of the batch.
   Returns:
     The next state, and the sums over this batch, taken before the update; their loss is NaN if no
     update was made.
   """
-  gradients = make_gradients(state, model, augmentation, freeze)
+  gradients = make_gradients(state, model, prepare, freeze)
   trained, frozen = split_frozen(state.params, freeze)
   template = (trained, state.sums)
   grads, sums = sum_over_batch(
@@ -179,14 +196,17 @@ def train_step(
   )
   update = jnp.isfinite(sums.loss) & ~state.stopped
   grads = jax.tree.map(lambda g: g / sums.count, grads)
+  scale = state.plateau.scale * schedule(state.step)
   updates, opt_state = optimizer.update(
-    grads, state.opt_state, state.params, learning_rate_scale=state.plateau.scale
+    grads, state.opt_state, state.params, learning_rate_scale=scale
   )
+  trained = optax.apply_updates(trained, updates)
   updated = state.replace(
     step=state.step + 1,
-    params=join(optax.apply_updates(trained, updates), frozen),
+    params=join(trained, frozen),
     opt_state=opt_state,
     sums=jax.tree.map(jnp.add, state.sums, sums),
+    average=update_average(state.average, trained, state.step + 1, ema_decay),
   )
   if skip_nonfinite:
     kept = state.replace(step=state.step + 1, skipped=state.skipped + 1)
@@ -198,13 +218,13 @@ def train_step(
 
 
 def make_gradients(
-  state: TrainState, model: nn.Module, augmentation: dict, freeze: Sequence[str] = ()
+  state: TrainState, model: nn.Module, prepare: Prepare, freeze: Sequence[str] = ()
 ) -> Callable:
   """Makes (params, examples, positions) -> (gradients of `loss` at the state's step, Sums).
 
   The gradients are a tree of the parameters that train: none is computed for those in `freeze`.
   """
-  at_step = functools.partial(loss, state=state, model=model, augmentation=augmentation)
+  at_step = functools.partial(loss, state=state, model=model, prepare=prepare)
 
   def gradients(params: dict, examples: Batch, positions: Array) -> tuple[dict, Sums]:
     trained, frozen = split_frozen(params, freeze)
@@ -236,7 +256,7 @@ def loss(
   *,
   state: TrainState,
   model: nn.Module,
-  augmentation: dict,
+  prepare: Prepare,
 ) -> tuple[Array, Sums]:
   """Summed cross-entropy (float32 []) of augmented examples at the state's step, and all Sums.
 
@@ -246,19 +266,11 @@ def loss(
   """
   key = jax.random.fold_in(jax.random.key(state.seed), state.step)
   augment_key, dropout_key = jax.random.split(key)
-  images = augment.augment(
-    examples["image"],
-    augment_key,
-    positions,
-    mean=state.mean,
-    variance=state.variance,
-    image_size=model.image_size,
-    **augmentation,
-  )
+  images, labels = prepare(examples, augment_key, positions, state)
   logits = apply_model(
     model, params, images, train=True, positions=positions, rngs={"dropout": dropout_key}
   )
-  sums = sum_metrics(logits, examples["label"], examples["mask"])
+  sums = sum_metrics(logits, labels, examples["mask"])
   return sums.loss, sums
 
 
@@ -314,19 +326,3 @@ def evaluate(
     jax.block_until_ready(before)  # at most one batch waits, so that `after_batch` runs in time
     after_batch()
   return total.means()
-
-
-def sum_metrics(logits: Array, labels: Array, mask: Array) -> Sums:
-  """Cross-entropy and top-1 and top-5 hits, summed.
-
-  Args:
-    logits: float32 [B, C].
-    labels: int32 [B].
-    mask: bool [B]; examples whose mask is False are ignored.
-  """
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
-  ties_before = (logits == label_logits) & (jnp.arange(logits.shape[1]) < labels[:, None])
-  better = (~(logits <= label_logits) | ties_before).sum(axis=1)  # NaN is better: never a hit
-  total = functools.partial(jnp.sum, where=mask, dtype=jnp.float32)
-  return Sums(total(losses), total(better < 1), total(better < 5), total(mask))

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from train import timing
+from train.augment import mixing
 from train.cost import flops_per_image
 from train.devices.mesh import make_mesh
 from train.errors import ConfigError
@@ -25,7 +26,7 @@ def tune(config: ConfigDict, repeats: int, seconds: float) -> dict[int, float]:
   local_batch = config.batch_size // make_mesh(**config.mesh).size
   dataset = timing.load(config)
   for microbatch in (2**i for i in range(local_batch.bit_length())):
-    if local_batch % microbatch == 0:
+    if local_batch % microbatch == 0 and not (microbatch == 1 and mixing.options(config)):
       config.microbatch = microbatch
       try:
         training = timing.prepare(config, dataset)

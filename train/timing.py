@@ -45,7 +45,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Training
   check_memory(config, devices)
   microbatch = microbatch_size(config, devices)
   info = data.describe(config.data)
-  step = make_train_step(config, info.num_classes, microbatch, devices)
+  step = make_train_step(config, info, microbatch, devices)
   init = make_init(config, info, devices)
   compiling = compile_in_background(step, init, config, info, devices)
   dataset = dataset or load(config)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from train.augment import erasing, policies
 from train.augment.factors import Box, draw_boxes, draw_factors
 from train.augment.geometry import crop_matrices, normalize, resample, warp
+from train.augment.mixing import Mixing
 from train.data.framing import CENTER, Framing
 
 Array = jax.Array
@@ -22,7 +23,8 @@ Array = jax.Array
 
 def options(config: ConfigDict) -> dict[str, Any]:
   """The keyword arguments of `augment` that a run's config gives."""
-  return config.augment.to_dict() | {"framing": Framing.of(config.data)}
+  knobs = {k: v for k, v in config.augment.items() if k not in Mixing._fields}
+  return knobs | {"framing": Framing.of(config.data)}
 
 
 def preprocess(

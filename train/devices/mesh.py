@@ -18,6 +18,8 @@ BATCH = (DATA, FSDP)  # the batch is sharded over both
 # saved.
 _SHARDED_FROM = 2**14
 
+_PAIRS = "it must be even, because config.augment.mixup and cutmix mix images in pairs"
+
 
 def find_devices() -> list[jax.Device]:
   """JAX's devices in all processes of the run; starts JAX's backend.
@@ -111,13 +113,21 @@ def abstract(tree: Any, sharding: NamedSharding) -> Any:
 def microbatch_size(config: ConfigDict, mesh: Mesh) -> int:
   """Images that each device computes at a time: `config.microbatch`, or the platform's default.
 
+  It is even where images are mixed in pairs.
+
   Raises:
-    ConfigError: the devices do not divide the batch, or the microbatch a device's part of it.
+    ConfigError: the devices do not divide the batch, or the microbatch a device's part of it; or
+      one of them can't be cut into pairs that are to be mixed.
   """
   local_batch, rest = divmod(config.batch_size, mesh.size)
   if rest:
     raise ConfigError(
       f"batch_size={config.batch_size} does not divide by {mesh.size} devices: choose a multiple"
+    )
+  pair = 2 if config.augment.mixup or config.augment.cutmix else 1
+  if local_batch % pair:
+    raise ConfigError(
+      f"batch_size={config.batch_size} over {mesh.size} devices is {local_batch} each: {_PAIRS}"
     )
   if config.microbatch:
     if local_batch % config.microbatch:
@@ -126,10 +136,12 @@ def microbatch_size(config: ConfigDict, mesh: Mesh) -> int:
         f"(batch_size={config.batch_size} over {mesh.size} devices): choose a divisor of "
         f"{local_batch}"
       )
+    if config.microbatch % pair:
+      raise ConfigError(f"microbatch={config.microbatch}: {_PAIRS}")
     return config.microbatch
   if mesh.devices.flat[0].platform != "cpu":
     return local_batch
-  return _largest_divisor(local_batch, config.cpu_microbatch)
+  return pair * _largest_divisor(local_batch // pair, config.cpu_microbatch // pair)
 
 
 def fitting_sizes(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
@@ -146,4 +158,4 @@ def fitting_sizes(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
 
 
 def _largest_divisor(number: int, most: int) -> int:
-  return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
+  return next(n for n in range(max(1, min(number, most)), 0, -1) if number % n == 0)

@@ -24,7 +24,7 @@ from train.errors import StorageError, WorkdirError
 from train.run import metrics, workdir
 from train.run.checksum import checksum
 from train.run.storage import is_local, last_writes, plain_name, reason, retry
-from train.state import TrainState, Weights, abstract_state, make_init, make_model
+from train.state import TrainState, Weights, abstract_state, make_init, make_model, saved_fields
 
 # Saved with each checkpoint; mlp_models 0.1 saved neither.
 _VERSION = {
@@ -264,7 +264,7 @@ def _newest_first(manager: ocp.CheckpointManager) -> list[int]:
 def _begin(manager: ocp.CheckpointManager, tree, step: int) -> None:
   """Begins a save in the background."""
   metadata = _VERSION | {"checksum": checksum(tree)}
-  arguments = ocp.args.StandardSave(tree)
+  arguments = ocp.args.StandardSave(saved_fields(tree))
   if not manager.save(step, args=arguments, custom_metadata=metadata, force=True):
     raise StorageError("orbax declines to save it")
 
@@ -283,7 +283,8 @@ def _read(
   """
   for pause in _PAUSES:
     try:
-      tree = manager.restore(int(path.name), args=ocp.args.StandardRestore(template))
+      arguments = ocp.args.StandardRestore(saved_fields(template))
+      tree = template.replace(**manager.restore(int(path.name), args=arguments))
     except MemoryError:
       raise
     except Exception as error:  # orbax and tensorstore raise many types over damaged files

@@ -47,13 +47,14 @@ def draw_curves(rows: list[dict[str, Any]], path: str | os.PathLike, title: str 
   accuracy.set_ylim(bottom=0)
   learning_rate.set_title("Learning rate")
   rates = np.unique(column["learning_rate"])
-  if rates.size > 1:
+  if rates.size == 1:
+    learning_rate.set_ylim(0, 2 * rates[0] or 1)
+  elif rates[0]:
     learning_rate.set_yscale("log")
     learning_rate.minorticks_off()
-  else:
-    learning_rate.set_ylim(0, 2 * rates[0] or 1)
-  ticks = rates[:: math.ceil(rates.size / 8)]
-  learning_rate.set_yticks(ticks, [f"{rate:.1e}" for rate in ticks])
+  if rates.size == 1 or rates[0]:  # a schedule that ends at 0 has a linear axis
+    ticks = rates[:: math.ceil(rates.size / 8)]
+    learning_rate.set_yticks(ticks, [f"{rate:.1e}" for rate in ticks])
   for axes in (loss, accuracy):
     axes.legend(frameon=False, fontsize=9)
   for axes in (loss, accuracy, learning_rate):

@@ -21,6 +21,7 @@ from train.data.splits import DatasetInfo
 from train.errors import WorkdirError, first_line
 from train.run.lock import NAME as LOCK
 from train.run.storage import write_atomically
+from train.schedule import depends_on_epochs
 
 # Knobs that change no finite number of a run, only where and how fast it computes: another machine
 # may resume it.
@@ -95,8 +96,9 @@ def claim(
 ) -> None:
   """Claims `workdir` for this run: writes both files, or checks that they hold the same content.
 
-  Another number of epochs is no other run. An earlier run that has left nothing of value, such as
-  one that failed in its first epoch, is replaced. Call it inside `lock.owned`.
+  Another number of epochs is no other run, unless the learning rate depends on it. An earlier run
+  that has left nothing of value, such as one that failed in its first epoch, is replaced. Call it
+  inside `lock.owned`.
 
   Args:
     trained: epochs that the run in the workdir has finished.
@@ -178,7 +180,13 @@ def _require_same_run(workdir: epath.Path, run: dict[str, Any], trained: int) ->
       f"{workdir} holds a run with another config: choose another --workdir, or undo\n"
       + "\n".join(f"  {line}" for line in differences)
     )
-  if (epochs := run["config.json"]["epochs"]) < trained:
+  epochs, before = run["config.json"]["epochs"], there["config.json"]["epochs"]
+  if epochs != before and depends_on_epochs(ConfigDict(run["config.json"])):
+    raise WorkdirError(
+      f"{workdir} holds a run of {before} epochs, and config.schedule spreads its learning rate "
+      f"over them: for {epochs} choose another --workdir, or go on with --config.epochs={before}"
+    )
+  if epochs < trained:
     raise WorkdirError(f"{workdir} has trained {trained} epochs: config.epochs = {epochs} is less")
 
 
