@@ -112,4 +112,7 @@ def _imagenet():
   config.epochs = 90
   config.optimizer.learning_rate = 1e-3
   config.optimizer.weight_decay = 0.1
+  config.augment.randaugment_ops = 2
+  config.augment.randaugment_magnitude = 30
+  config.augment.mixup = 0.2
   return config
