@@ -190,9 +190,9 @@ def finetune(name: str, **fields: Any) -> ConfigDict:
 
   No weight decay, no dropout, flips and crops (Dosovitskiy et al., arXiv:2010.11929, table 4;
   Tolstikhin et al., arXiv:2105.01601, section 3). They use SGD with momentum, 512 images a step for
-  500 to 20,000 steps, a cosine schedule and clipped gradients. Here it is AdamW, whose learning
-  rate falls for lower layers (He et al., arXiv:2111.06377, table 9) and, in place of the cosine,
-  when val_loss does not fall; 128 images a step leave a small set enough steps in an epoch.
+  500 to 20,000 steps, a cosine schedule and gradients clipped to a norm of 1. Here it is AdamW,
+  whose learning rate is lower for lower layers (He et al., arXiv:2111.06377, table 9); 128 images a
+  step leave a small set enough steps in an epoch.
 
   Args:
     name: of the family.
@@ -202,13 +202,17 @@ def finetune(name: str, **fields: Any) -> ConfigDict:
   config.init = config_dict.required_placeholder(str)
   config.model = {"name": name, "image_size": config_dict.placeholder(int)} | fields
   config.epochs = 20
-  config.optimizer.learning_rate = 1e-4
+  config.optimizer.learning_rate = 3e-4
   config.optimizer.weight_decay = 0.0
   config.optimizer.layer_decay = 0.75
+  config.optimizer.clip_norm = 1.0
+  config.schedule.name = "cosine"
+  config.schedule.warmup_fraction = 0.1
+  config.plateau.factor = 1.0
+  config.early_stop_patience = 0
+  config.best_metric = "val_accuracy"
   config.augment.zoom = 0.0
   config.augment.crop = 0.3
-  config.plateau.patience = 2
-  config.early_stop_patience = 5
   return config
 
 
