@@ -252,3 +252,21 @@ def imagenet(name: str, variant: str, **fields: Any) -> ConfigDict:
 
 # A run of a few seconds that uses everything: two epochs of 512 images, or what there is.
 SMOKE = {"epochs": 2, "batch_size": 64, "data.max_images": 512}
+
+# What has replaced the examples' recipe since: a schedule instead of the plateau, mixed images and
+# smoothed targets instead of dropout, and Muon on the blocks' matrices.
+STRONG = {
+  "schedule.name": "linear",
+  "schedule.warmup_fraction": 0.08,
+  "plateau.factor": 1.0,
+  "early_stop_patience": 0,
+  "best_metric": "val_accuracy",
+  "label_smoothing": 0.1,
+  "augment.shift": 0.1,
+  "augment.mixup": 1.0,
+  "augment.cutmix": 1.0,
+  "augment.mix_probability": 0.5,
+  "optimizer.name": "muon",
+  "optimizer.decay": "kernels",
+  "optimizer.weight_decay": 0.05,
+}

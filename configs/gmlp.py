@@ -3,9 +3,9 @@
     python -m train.main --config configs/gmlp.py --workdir runs/gmlp
 
 885,348 parameters. Keras publishes 50.6 % top-1 after 50 epochs (with weight decay not multiplied
-by the learning rate: --config.optimizer.independent_weight_decay=True). Variants: smoke (seconds),
-finetune (weights on other images, with --config.init=FILE), imagenet (the paper's S/16, for a TPU
-slice; not trained here).
+by the learning rate: --config.optimizer.independent_weight_decay=True). Variants: strong (today's
+recipe, 100 epochs), smoke (seconds), finetune (weights on other images, with --config.init=FILE),
+imagenet (the paper's S/16, for a TPU slice; not trained here).
 """
 
 from configs import default
@@ -28,7 +28,12 @@ def get_config(variant=None):
   config.cpu_microbatch = 4  # the fastest by train.bench --tune
   config.optimizer.learning_rate = 3e-3
   smoke = {"model.image_size": 32, "model.width": 32, "model.num_blocks": 2}
-  variants = {"smoke": default.SMOKE | smoke, "finetune": {}, "imagenet": {}}
+  variants = {
+    "smoke": default.SMOKE | smoke,
+    "strong": default.STRONG | {"epochs": 100, "model.dropout_rate": 0.0},
+    "finetune": {},
+    "imagenet": {},
+  }
   return default.apply_variant(config, variant, variants)
 
 

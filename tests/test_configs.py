@@ -13,6 +13,7 @@ import mlp_models
 from train import knobs, pretrained
 from train.check import check_config
 from train.data import __main__ as show
+from train.devices.mesh import make_mesh, microbatch_size
 from train.errors import ConfigError
 from train.state import make_model
 
@@ -77,6 +78,18 @@ def test_variants_are_valid_and_smaller(name, variant):
   config = get_config(name, variant)
   check_config(config)
   assert config.model != get_config(name).model
+
+
+def test_strong_recipe_has_no_plateau_and_no_dropout():
+  config = get_config("gmlp", "strong")
+  check_config(config)
+  assert (config.schedule.name, config.plateau.factor, config.early_stop_patience) == (
+    "linear",
+    1,
+    0,
+  )
+  assert (config.model.dropout_rate, config.optimizer.name) == (0, "muon")
+  assert microbatch_size(config, make_mesh(devices=jax.devices()[:1])) % 2 == 0  # images are mixed
 
 
 def test_variant_by_a_flag_brings_its_own_sizes_and_other_flags_count_more():
