@@ -210,7 +210,6 @@ def finetune(name: str, **fields: Any) -> ConfigDict:
   config.schedule.warmup_fraction = 0.1
   config.plateau.factor = 1.0
   config.early_stop_patience = 0
-  config.best_metric = "val_accuracy"
   config.augment.zoom = 0.0
   config.augment.crop = 0.3
   return config
