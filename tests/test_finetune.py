@@ -222,6 +222,14 @@ def test_recipe_needs_weights_and_leaves_the_sizes_to_them(name):
   assert {key for key in given if not key.endswith("_rate")} == {"name"}
 
 
+@pytest.mark.parametrize("name", mlp_models.MODELS)
+def test_recipe_without_weights_is_one_line_that_says_what_they_are(name):
+  config = importlib.import_module(f"configs.{name}").get_config("finetune")
+  knobs.override(config, ["--config.init="])
+  with pytest.raises(ConfigError, match="config.init = '': it must be weights: a .safetensors or"):
+    check.check_config(config)
+
+
 def test_variant_gives_the_sizes_that_the_config_leaves_out(smoke_config):
   config = smoke_config()
   config.model = {"name": "mixer", "variant": "keras", "width": 16}

@@ -96,8 +96,8 @@ def begin(state: TrainState, params: dict[str, Any] | None) -> TrainState:
   def place(path, array: np.ndarray, own: jax.Array) -> jax.Array:
     if array.shape != own.shape:
       raise ConfigError(
-        f"config.init: {'/'.join(key.key for key in path)} has the shape {array.shape}, and for "
-        f"the images of this dataset it must be {own.shape}"
+        f"config.init: {'/'.join(key.key for key in path)} has the shape {list(array.shape)}, and "
+        f"for the images of this dataset it must be {list(own.shape)}"
       )
     array = array.astype(own.dtype)
     return jax.make_array_from_callback(array.shape, own.sharding, array.__getitem__)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from mlp_models.pretrained.errors import WeightsError, shape_words
 from mlp_models.pretrained.layouts import listed
 from mlp_models.pretrained.positions import resample
-from mlp_models.pretrained.sources import WeightsError
 
 Arrays = dict[str, np.ndarray]  # by path
 _HEAD = "head/"
 _POSITION = "position/embedding"
+_FREE = ("num_classes", "image_size", "variant", "gelu", "_rate", "_init", "_epsilon")  # of fields
 _OVER_TOKENS = ("token_mlp/", "spatial/")  # layers whose sizes are numbers of tokens
 
 
@@ -85,6 +86,13 @@ class Fit:
     side = math.isqrt(new_rows)
     class_tokens = new_rows - side * side  # 1 or 0: no two squares lie as near, but 0 and 1
     grid = grid or (math.isqrt(rows - class_tokens),) * 2
+    has_class_token, needs_one = ("class_token" in x for x in (self.arrays, self._shapes))
+    if has_class_token and not needs_one:
+      raise WeightsError(
+        f"{self._said} has a class token, and the model has none: class_token=True keeps it"
+      )
+    if needs_one and not has_class_token:
+      raise WeightsError(f"{self._said} has no class token{self._way_out()}")
     if width != new_width or (rows == new_rows and grid == (side, side)):
       return
     try:
@@ -108,9 +116,11 @@ class Fit:
     allowed = (*may_be_new, *(() if has_head else (_HEAD,)))
     missing = [path for path in self._shapes if path not in self.arrays]
     if lost := [path for path in missing if not path.startswith(allowed)]:
-      raise WeightsError(f"{self._said} lacks {listed(lost)}")
+      raise WeightsError(f"{self._said} lacks {listed(lost)}{self._way_out()}")
     if extra := [path for path in self.arrays if path not in self._shapes]:
-      raise WeightsError(f"{self._said} has {listed(extra)}, which the model lacks")
+      raise WeightsError(
+        f"{self._said} has {listed(extra)}, which the model lacks{self._way_out()}"
+      )
     wrong = [path for path, x in self.arrays.items() if x.shape != self._shapes[path]]
     if wrong:
       raise WeightsError(self._mismatch(wrong))
@@ -129,14 +139,24 @@ class Fit:
     return flat
 
   def _mismatch(self, wrong: Sequence[str]) -> str:
-    lines = [f"{path} {self.arrays[path].shape}, the model {self._shapes[path]}" for path in wrong]
+    lines = [
+      f"{path} {shape_words(self.arrays[path].shape)}, the model {shape_words(self._shapes[path])}"
+      for path in wrong
+    ]
     text = f"{self._said} has {'; '.join(lines[:3])}"
     if len(lines) > 3:
       text += f"; and {len(lines) - 3} more of other shapes"
     if any(part in path for path in wrong for part in _OVER_TOKENS):
       text += ". Weights over tokens fit one number of patches only: "
-      text += "image_size {image_size} with patch_size {patch_size}".format(**self._fields)
-    return text
+      return text + "image_size {image_size} with patch_size {patch_size}".format(**self._fields)
+    return text + self._way_out()
+
+  def _way_out(self) -> str:
+    """Where the model was asked to differ from the weights' own, in the words of its fields."""
+    fields = [name for name in self._fields if not name.endswith(_FREE) and name not in _FREE]
+    asked = [x for x in fields if getattr(self._model, x, self._fields[x]) != self._fields[x]]
+    own = ", ".join(f"{name}={self._fields[name]!r}" for name in asked)
+    return f". It fits {own}" if own else ""
 
 
 def _image_shape(

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlp_models.pretrained.errors import shape_words
+
 Shapes = Mapping[str, tuple[int, ...]]  # of a file's arrays, by their names
 Fields = dict[str, Any]  # of a model's class
 Config = Mapping[str, Any]  # the content of the config.json beside the weights; {} if there is none
@@ -43,8 +45,10 @@ class Layout(NamedTuple):
 
   fields: (shapes, config) -> the fields of the model's class, image_size, patch_size and
     num_classes (0 without a head) among them; also "grid", the (H, W) of position embeddings that
-    are not square, and "notes", lines on what was assumed. A ValueError says what can't be told.
-  rules: (fields, shapes) -> all arrays of such a file. For `save`, shapes are {}: the usual file.
+    are not square, "assumed", names of fields that neither shapes nor config tell, and "notes",
+    lines on what the config says. A ValueError says what can't be told.
+  rules: (fields, shapes) -> all arrays of such a file. For `save`, shapes are {}, the usual file,
+    or of what `unusual` says.
   """
 
   project: str  # "timm", "transformers" or "npz"
@@ -55,6 +59,8 @@ class Layout(NamedTuple):
   prefixes: tuple[str, ...] = ()  # that names may begin with, all or those outside of the head
   ignored: tuple[str, ...] = ()  # regular expressions of arrays that a classifier does not use
   lacks: tuple[str, ...] = ()  # prefixes of our parameters that such files lack, besides the head's
+  unusual: Callable[[Mapping[str, np.ndarray]], Shapes] = lambda params: {}  # of our parameters
+  model: Callable[[Fields, Shapes], Any] | None = None  # -> `timm.Model`, of timm's layouts
 
 
 def same(theirs: str, ours: str) -> Rule:
@@ -177,8 +183,8 @@ def apply(rules: Mapping[str, Rule], read: Callable[[str], np.ndarray]) -> dict[
     x, *beside = (read(each) for each in (name, *rule.beside))
     try:
       params |= zip(rule.ours, rule.to_ours(x, *beside), strict=True)
-    except ValueError as error:
-      raise ValueError(f"{name} has the shape {x.shape}: {error}") from None
+    except ValueError:
+      raise ValueError(f"{name} is {shape_words(x.shape)}, which does not fit the others") from None
   return params
 
 
