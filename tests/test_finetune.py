@@ -226,7 +226,9 @@ def test_recipe_needs_weights_and_leaves_the_sizes_to_them(name):
 def test_recipe_without_weights_is_one_line_that_says_what_they_are(name):
   config = importlib.import_module(f"configs.{name}").get_config("finetune")
   knobs.override(config, ["--config.init="])
-  with pytest.raises(ConfigError, match="config.init = '': it must be weights: a .safetensors or"):
+  with pytest.raises(
+    ConfigError, match="config.init = '': this config needs weights: a .safetensors or"
+  ):
     check.check_config(config)
 
 

@@ -76,7 +76,9 @@ def check_config(config: ConfigDict) -> None:
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
   require(config.nonfinite in ("stop", "skip"), "nonfinite", "stop or skip")
   is_for_weights = "image_size" in config.model and config.model.image_size is None
-  need = "weights: a .safetensors or .npz file, a folder, a workdir or hf://ORG/NAME"
+  need = (
+    "this config needs weights: a .safetensors or .npz file, a folder, a workdir or hf://ORG/NAME"
+  )
   require(bool(config.init) or not is_for_weights, "init", need)
   if not config.init:  # else the weights give the rest of the model
     check_model(config)
