@@ -11,6 +11,7 @@
 # make test-gcs       workdirs in buckets; installs gcsfs and a server
 # make test-keras     the Keras models in benchmarks/; installs TensorFlow
 # make test-peers     full-size models beside timm's and transformers'; installs PyTorch (5.5 GB)
+# make test-cuda      models and attention on an NVIDIA GPU; installs JAX's CUDA plugin
 #
 # Each sets up .venv first. PYTHON=python3.12 make ... picks another interpreter.
 
@@ -20,7 +21,7 @@ BIN := .venv/bin
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
 .PHONY: train test coverage lint audit setup clean \
-  test-slow test-cifar100 test-plan test-gcs test-keras test-peers
+  test-slow test-cifar100 test-plan test-gcs test-keras test-peers test-cuda
 
 train: setup
 	$(BIN)/python -m train.main --config configs/mixer.py --workdir runs/first \
@@ -71,6 +72,11 @@ test-peers: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peers]"
 	MLP_MODELS_REQUIRE="$$MLP_MODELS_REQUIRE torch" \
 	  $(BIN)/python -m pytest -q tests/test_peers.py tests/test_peers_full.py
+
+test-cuda: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,cuda]"
+	JAX_PLATFORMS=cuda,cpu MLP_MODELS_REQUIRE="$$MLP_MODELS_REQUIRE cuda" \
+	  $(BIN)/python -m pytest -q tests/test_attention.py tests/test_golden.py tests/test_models.py
 
 setup: .venv/installed
 

@@ -32,7 +32,7 @@ def main() -> None:
 def write(folder: Path, case: peers.Case) -> None:
   """Writes config.json, model.safetensors and expected.npz."""
   generator = torch.Generator().manual_seed(1)
-  shape = (BATCH_SIZE, 3, case.image_size, case.image_size)
+  shape = (BATCH_SIZE, 3, *np.broadcast_to(case.image_size, 2).tolist())
   images = DEVIATION * torch.randn(shape, generator=generator)
   logits = case.logits(images)
   cotangent = torch.randn(logits.shape, generator=generator)

@@ -2,6 +2,8 @@
 
 A model's file (`configs/mixer.py`, ...) starts from `get_config()` and changes what differs. On the
 command line any knob is `--config.KEY=VALUE`; `configs/mixer.py:smoke` picks the variant `smoke`.
+`--config.model.variant=B/16` takes the fields of the model from `mlp_models.VARIANTS` instead;
+fields given by other flags count more.
 """
 
 from typing import Any

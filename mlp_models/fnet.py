@@ -69,7 +69,7 @@ class FNet(nn.Module):
   hidden_units: width of the hidden layer of a block; None: that of the model.
   """
 
-  image_size: int = 64
+  image_size: layers.ImageSize = 64
   patch_size: int = 8
   width: int = 256
   num_blocks: int = 4

@@ -5,7 +5,6 @@ Shapes: B batch, H W image, C channels, P patch size, T S tokens, D F widths.
 
 import functools
 import math
-from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -17,11 +16,13 @@ from mlp_models import dropout, kernels
 
 GELUS = ("exact", "tanh")
 HEAD_INITS = ("glorot", "zeros")
+ImageSize = int | tuple[int, int]  # in pixels: both sides, or (height, width)
 
 # Initial values and constants are those of Keras, where the reference numbers come from.
 Dense = functools.partial(
   nn.Dense, kernel_init=nn.initializers.glorot_uniform(), dot_general=kernels.dense
 )
+uniform_symmetric = functools.partial(jax.random.uniform, minval=-0.05, maxval=0.05)
 
 
 def gelu(x: Array, kind: str = "exact") -> Array:
@@ -64,11 +65,8 @@ class TokenDense(nn.Module):
     shape = (x_BxTxD.shape[1], self.features)
     kernel_TxS = self.param("kernel", self.kernel_init, shape)
     bias_S = self.param("bias", self.bias_init, (self.features,))
-    x_BxTxD, kernel_TxS, bias_S = nn.dtypes.promote_dtype(
-      x_BxTxD, kernel_TxS, bias_S, dtype=self.dtype
-    )
-    y_BxSxD: Array = kernels.token_dense(kernel_TxS, x_BxTxD) + bias_S[:, None]
-    return y_BxSxD
+    y_BxSxD: Array = kernels.token_dense(kernel_TxS.astype(self.dtype), x_BxTxD.astype(self.dtype))
+    return y_BxSxD + bias_S.astype(self.dtype)[:, None]
 
 
 class PositionEmbedding(nn.Module):
@@ -82,41 +80,44 @@ class PositionEmbedding(nn.Module):
     return x_BxTxD + embedding_TxD.astype(x_BxTxD.dtype)
 
 
-def uniform_symmetric(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
-  """Uniform in [-0.05, 0.05), the initial values of a Keras Embedding."""
-  return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
+def grid(image_size: ImageSize, patch_size: int = 1) -> tuple[int, int]:
+  """Rows and columns of an image's patches; without a patch_size, of its pixels."""
+  height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+  return height // patch_size, width // patch_size
 
 
 def embed_patches(
-  images_BxHxWxC: Array, image_size: int, patch_size: int, width: int, dtype: DTypeLike
+  images_BxHxWxC: Array, image_size: ImageSize, patch_size: int, width: int, dtype: DTypeLike
 ) -> Array:
   """Cuts images into `patches` and makes a token of each by a dense layer: [B, T, width]."""
   x_BxTxP = patches(images_BxHxWxC, image_size, patch_size)
   return Dense(width, dtype=dtype, name="patch_embed")(x_BxTxP)
 
 
-def patches(images_BxHxWxC: Array, image_size: int, patch_size: int) -> Array:
+def patches(images_BxHxWxC: Array, image_size: ImageSize, patch_size: int) -> Array:
   """Cuts images into patches, row by row; a patch is flattened as (height, width, channel).
 
   Args:
-    images_BxHxWxC: preprocessed images, any float dtype, H = W = image_size.
-    image_size, patch_size: in pixels.
+    images_BxHxWxC: preprocessed images of image_size, any float dtype.
   Returns:
-    [B, T, P*P*C] with T = (image_size / patch_size)**2, same dtype.
+    [B, T, P*P*C] with T = H / P * W / P, same dtype.
   Raises:
     ValueError: images of another rank, size or of an integer dtype.
   """
-  shape = images_BxHxWxC.shape
-  if len(shape) != 4 or shape[1:3] != (image_size, image_size):
-    raise ValueError(
-      f"images have shape {shape}, the model takes [B, {image_size}, {image_size}, C]"
-    )
+  require_images(images_BxHxWxC, image_size)
+  batch, _, _, channels = images_BxHxWxC.shape
+  rows, columns = grid(image_size, patch_size)
+  x = images_BxHxWxC.reshape(batch, rows, patch_size, columns, patch_size, channels)
+  return x.swapaxes(2, 3).reshape(batch, rows * columns, patch_size * patch_size * channels)
+
+
+def require_images(images_BxHxWxC: Array, image_size: ImageSize | None) -> None:
+  """Raises ValueError for another rank or size, or an integer dtype; None: any size will do."""
+  shape, size = images_BxHxWxC.shape, grid(image_size) if image_size else ("H", "W")
+  if len(shape) != 4 or (image_size and shape[1:3] != size):
+    raise ValueError(f"images have shape {shape}, the model takes [B, {size[0]}, {size[1]}, C]")
   if not jnp.issubdtype(images_BxHxWxC.dtype, jnp.floating):
     raise ValueError(f"images are {images_BxHxWxC.dtype}, the model takes preprocessed floats")
-  batch, _, _, channels = shape
-  side = image_size // patch_size
-  x = images_BxHxWxC.reshape(batch, side, patch_size, side, patch_size, channels)
-  return x.swapaxes(2, 3).reshape(batch, side * side, patch_size * patch_size * channels)
 
 
 def mean_head(

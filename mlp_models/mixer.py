@@ -74,7 +74,7 @@ class Mixer(nn.Module):
   head_norm: whether a LayerNorm precedes the mean over the tokens.
   """
 
-  image_size: int = 64
+  image_size: layers.ImageSize = 64
   patch_size: int = 8
   width: int = 256
   num_blocks: int = 4

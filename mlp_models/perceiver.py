@@ -144,7 +144,7 @@ class Perceiver(nn.Module):
   latent head is as wide as the model. The head is an FFN with the hidden units of `ffn_units`.
   """
 
-  image_size: int = 64
+  image_size: layers.ImageSize = 64
   patch_size: int = 2
   width: int = 256
   num_latents: int = 256

@@ -209,7 +209,7 @@ class PerceiverIO(nn.Module):
   cross-attention have a token's, and its values have as many as its keys.
   """
 
-  image_size: int = 224
+  image_size: layers.ImageSize = 224
   preprocessing: str = "fourier"
   embed_channels: int = 64  # of the dense layer, the projected positions and the convolution
   num_bands: int = 64

@@ -19,7 +19,7 @@ small_normal = nn.initializers.truncated_normal(0.02)
 def make_tokens(
   images_BxHxWxC: Array,
   preprocessing: str,
-  image_size: int,
+  image_size: layers.ImageSize,
   channels: int,
   num_bands: int,
   max_resolution: int,
@@ -30,22 +30,19 @@ def make_tokens(
   Args:
     images_BxHxWxC: preprocessed images, any float dtype.
     preprocessing: what a token is. "learned": a dense layer of the pixel, beside a projection of
-      the pixel's learned position; H = W = image_size. "fourier": the pixel beside
+      the pixel's learned position, images of image_size. "fourier": the pixel beside
       `fourier_features`. "conv": a place of `QuarterSize` beside `fourier_features`.
     channels: of the dense layer, the projection and the convolution.
     num_bands, max_resolution: of `fourier_features`.
   Raises:
     ValueError: images of another rank, size or of an integer dtype.
   """
-  size, shape = image_size, images_BxHxWxC.shape
-  if len(shape) != 4 or (preprocessing == "learned" and shape[1:3] != (size, size)):
-    raise ValueError(f"images have shape {shape}, the model takes [B, {size}, {size}, C]")
-  if not jnp.issubdtype(images_BxHxWxC.dtype, jnp.floating):
-    raise ValueError(f"images are {images_BxHxWxC.dtype}, the model takes preprocessed floats")
+  layers.require_images(images_BxHxWxC, image_size if preprocessing == "learned" else None)
+  shape = images_BxHxWxC.shape
   x_BxHxWxC = images_BxHxWxC.astype(dtype)
   if preprocessing == "learned":
     x_BxHxWxC = layers.Dense(channels, dtype=dtype, name="pixel_embed")(x_BxHxWxC)
-    position = nn.Embed(size * size, channels, embedding_init=small_normal, name="position")
+    position = nn.Embed(shape[1] * shape[2], channels, embedding_init=small_normal, name="position")
     project = layers.Dense(channels, dtype=dtype, name="position_projection")
     positions_TxC = project(position.embedding)
   else:
@@ -88,12 +85,12 @@ def fourier_features(shape: tuple[int, int], bands: int, max_resolution: int) ->
 def _evenly(first: float, last: float, size: int) -> np.ndarray:
   """Numbers at equal distances, float32 [size], rounded as torch.linspace rounds them.
 
-  The sine of an angle of a hundred turns shows a difference in the last bit.
+  The sine of an angle of a hundred turns shows a difference in the last bit. Of one, `first`.
   """
-  step = np.float64(np.float32(last - first) / np.float32(size - 1))
+  step = np.float64(np.float32(last - first) / np.float32(max(size - 1, 1)))
   i = np.arange(size)
   from_the_end = last - step * (size - 1 - i)
-  return np.where(i < size // 2, first + step * i, from_the_end).astype(np.float32)
+  return np.where(i < max(size // 2, 1), first + step * i, from_the_end).astype(np.float32)
 
 
 class QuarterSize(nn.Module):

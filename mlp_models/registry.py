@@ -66,12 +66,13 @@ def create(name: str, variant: str = "keras", **overrides: Any) -> nn.Module:
     variant: one of VARIANTS[name]: "keras", the sizes of the Keras example, for 100 classes; or
       sizes of the papers, such as "B/16", for the 1,000 classes of ImageNet.
     **overrides: fields of the model's class, e.g. `num_classes=10` (0: `apply` returns the features
-      that the head would read, float32 [B, D]); `dtype` ("float32" or "bfloat16", also as a dtype)
-      is what it computes in, `remat=True` saves memory in training: a block's inputs are kept, and
-      the rest is computed again for the gradients.
+      that the head would read, float32 [B, D]); `image_size` is both sides in pixels, or (height,
+      width); `dtype` ("float32" or "bfloat16", also as a dtype) is what it computes in,
+      `remat=True` saves memory in training: a block's inputs are kept, and the rest is computed
+      again for the gradients.
   Returns:
     A Flax module. `model.apply({"params": params}, images, train=False, positions=None)` takes
-    float images [B, image_size, image_size, C], normalised, and returns float32 logits
+    float images [B, H, W, C] of `image_size`, normalised, and returns float32 logits
     [B, num_classes]. With `train=True` it needs `rngs={"dropout": key}`; `positions` (int32 [B],
     default 0, 1, ..., B-1) is each image's place in the global batch, on which its dropout depends.
     With `mutable=["intermediates"]` it also returns each block's output and what it mixed: see the
@@ -119,13 +120,16 @@ def describe(model: nn.Module) -> tuple[str, dict[str, Any]]:
 
 def variant_of(model: nn.Module) -> str | None:
   """The variant whose sizes a model has, whatever its classes and rates; None if there is none."""
-  name, fields = describe(model)
-  for variant, (kind, values) in _MODELS[name].items():
-    if type(model) is kind:
-      sizes = {key: getattr(kind, key) for key in fields if key != "variant"} | dict(values)
-      if all(fields[key] == sizes[key] for key in sizes if not _is_free(key)):
-        return variant
-  return None
+  name, _ = describe(model)
+  return next((x for x in VARIANTS[name] if have_same_sizes(model, create(name, x))), None)
+
+
+def have_same_sizes(model: nn.Module, other: nn.Module) -> bool:
+  """Whether two models differ in nothing but what a variant leaves free, such as classes."""
+  if type(model) is not type(other):
+    return False
+  (_, fields), (_, others) = describe(model), describe(other)
+  return all(fields[key] == others[key] for key in fields if not _is_free(key))
 
 
 def _is_free(field: str) -> bool:
@@ -156,6 +160,11 @@ def _checked(field: str, value: Any, default: Any) -> Any:
   elif field.endswith(("_rate", "_epsilon")):
     if not isinstance(value, int | float) or not 0 <= value < 1:
       raise ValueError(f"{field} is {value!r}, it must be at least 0 and less than 1")
+  elif field == "image_size" and isinstance(value, tuple | list):
+    if len(value) != 2 or not all(_is_size(side) for side in value):
+      raise ValueError(f"image_size is {value!r}, it must be one or two positive integers")
+    height, width = value
+    value = height if height == width else (height, width)
   elif isinstance(default, tuple):
     value = tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(_is_size(units) for units in value):
@@ -171,10 +180,9 @@ def _checked(field: str, value: Any, default: Any) -> Any:
 def _check_that_sizes_fit(model: nn.Module) -> None:
   """Raises ValueError unless patches tile the image and residuals can be added."""
   size = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-  if "patch_size" in size and size["image_size"] % size["patch_size"]:
-    raise ValueError(
-      f"image_size {size['image_size']} is not a multiple of patch_size {size['patch_size']}"
-    )
+  image_size, patch_size = size["image_size"], size.get("patch_size", 1)
+  if any(side % patch_size for side in layers.grid(image_size)):
+    raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
   if isinstance(model, gmlp.GMLP) and model.hidden_units and model.hidden_units % 2:
     raise ValueError(f"hidden_units is {model.hidden_units}: half of them gate the other half")
   for field in ("mlp_units", "ffn_units"):  # of MLPs whose output is added to their input

@@ -95,7 +95,7 @@ class ViT(nn.Module):
   Intermediates: of a block "token_mixing" and "output", of its attention "weights".
   """
 
-  image_size: int = 72
+  image_size: layers.ImageSize = 72
   patch_size: int = 6
   width: int = 64
   num_blocks: int = 8
@@ -157,7 +157,7 @@ class ViT(nn.Module):
       x_BxTxD = jnp.concatenate([token_Bx1xD, x_BxTxD], axis=1)
     if self.position == "learned":
       return layers.PositionEmbedding(layers.uniform_symmetric, name="position")(x_BxTxD)
-    position_TxD = sincos2d(self.image_size // self.patch_size, self.width)
+    position_TxD = sincos2d(layers.grid(self.image_size, self.patch_size), self.width)
     position_TxD = np.pad(position_TxD, ((self.num_class_tokens, 0), (0, 0)))
     return x_BxTxD + jnp.asarray(position_TxD, self.dtype)
 
@@ -179,8 +179,8 @@ class ViT(nn.Module):
     return norm(x_BxD) if norm_is_last else x_BxD
 
 
-def sincos2d(side: int, width: int) -> np.ndarray:
-  """Fixed positions of a grid, float32 [side * side, width] (arXiv:2205.01580, section 2).
+def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
+  """Fixed positions of rows and columns, float32 [T, width] (arXiv:2205.01580, section 2).
 
   A quarter of the channels each: sines and cosines of the column, then of the row, at frequencies
   that fall geometrically from 1 to 1/10,000.
@@ -191,7 +191,7 @@ def sincos2d(side: int, width: int) -> np.ndarray:
   if width % 4 or width < 8:
     raise ValueError(f"sincos2d needs a width of 8, 12, 16, ..., not {width}")
   frequencies = 10_000.0 ** -np.linspace(0, 1, width // 4)
-  rows, columns = np.divmod(np.arange(side * side), side)
+  rows, columns = np.indices(grid).reshape(2, -1)
   angles = np.outer(columns, frequencies), np.outer(rows, frequencies)
   waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
   return np.concatenate(waves, axis=1).astype(np.float32)

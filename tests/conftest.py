@@ -20,6 +20,9 @@ from train.devices.compile import set_xla_flags
 
 # Before anything starts JAX's backend.
 jax.config.update("jax_num_cpu_devices", 8)  # simulated
+# Accelerators multiply float32 in fewer bits by default, which no reference number allows for.
+if os.environ["JAX_PLATFORMS"] != "cpu":
+  jax.config.update("jax_default_matmul_precision", "highest")
 set_xla_flags()
 
 TESTS = Path(__file__).parent

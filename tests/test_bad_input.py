@@ -168,7 +168,7 @@ FLAGS = {  # command and flags; status; what the message says
     "data.__main__",
     ["show", "--config", "configs/mixer.py", "--config.model.patch_size=7"],
     2,
-    "image_size=64 is no multiple of patch_size=7",
+    "image_size 64 is not a multiple of patch_size 7",
   ),
   "repeats": ("bench", ["--config", "configs/mixer.py", "--repeats=0"], 2, "--repeats must be"),
   "bench": ("bench", ["--config", "configs/mixer.py", "--config.seed=x"], 2, "--config.seed=x: it"),

@@ -1,11 +1,19 @@
 """Each config is the recipe of its Keras example."""
 
 import importlib
+import sys
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 import mlp_models
+from train import knobs, pretrained
 from train.check import check_config
+from train.data import __main__ as show
+from train.errors import ConfigError
+from train.state import make_model
 
 #             learning rate, batch, epochs, factor, plateau patience, early stop, best
 RECIPES = {
@@ -59,3 +67,47 @@ def test_variants_are_valid_and_smaller(name, variant):
   config = get_config(name, variant)
   check_config(config)
   assert config.model != get_config(name).model
+
+
+def test_variant_by_a_flag_brings_its_own_sizes_and_other_flags_count_more():
+  flags = ("model.image_size=64", "model.variant=B/16", "model.mlp_units=96,768")
+  config = get_config("vit")
+  knobs.override(config, [f"--config.{flag}" for flag in flags])
+  check_config(config)
+  sizes = {"image_size": 64, "mlp_units": (96, 768)}
+  expected = mlp_models.create("vit", "B/16", num_classes=100, **sizes)
+  assert make_model(pretrained.resolve(config), 100) == expected
+  assert expected.dropout_rate == 0 and expected.width == 768
+
+
+def test_unknown_variant_is_one_line():
+  config = get_config("mixer")
+  knobs.override(config, ["--config.model.variant", "B/17"])
+  with pytest.raises(ConfigError, match="mixer has no variant 'B/17'; did you mean 'B/16'"):
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    ("configs/mixer.py:finetune", "--config.init={folder}/w.safetensors"),
+    pytest.param(
+      ("configs/perceiver.py", "--config.model.variant=io-fourier", "--config.model.image_size=16"),
+      marks=pytest.mark.slow,
+    ),
+  ],
+)
+def test_show_knows_the_sizes_that_weights_and_variants_give(config, tmp_path, monkeypatch, capsys):
+  for n in range(10):
+    (tmp_path / "set" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20), (20 * n, 0, 0)).save(tmp_path / "set" / "ab"[n % 2] / f"{n}.png")
+  model = mlp_models.create("mixer", image_size=16, patch_size=8, width=8, num_blocks=1)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+  params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["params"])
+  mlp_models.save(tmp_path / "w.safetensors", model, params)
+  output, name = tmp_path / "samples.png", f"--config.data.name=folder:{tmp_path / 'set'}"
+  flags = (flag.format(folder=tmp_path) for flag in config)
+  monkeypatch.setattr(sys, "argv", ["data", "show", f"--output={output}", name, "--config", *flags])
+  show.main()
+  assert f"Wrote {output}" in capsys.readouterr().out
+  assert output.stat().st_size > 1000

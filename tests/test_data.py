@@ -345,7 +345,7 @@ def test_patches_are_moved_apart_and_kept_whole():
     (("prepare", "--name", "cifar100", "--datadir", "x"), "--datadir"),
     (("show", "--config", "configs/nix.py"), "configs/nix.py"),
     (("show", "--config", "configs/mixer.py", "--config.data.nam=x"), "data.name"),
-    (("show", "--config", "configs/mixer.py", "--config.model.patch_size=7"), "no multiple"),
+    (("show", "--config", "configs/mixer.py", "--config.model.patch_size=7"), "not a multiple"),
   ],
 )
 def test_wrong_flags_are_one_line_and_status_2(arguments, complaint):

@@ -144,6 +144,7 @@ def test_what_the_config_gives_counts_more_than_the_weights(finetune_config):
 
 REFUSED = [
   ({"model": {"name": "vit"}}, "the weights are of mixer .*config.model.name is 'vit': choose"),
+  ({"model": {"image_size": (8, 32)}}, r"\(8, 32\): training takes squares: .*image_size=8"),
   ({"model": {"image_size": 32}}, "Weights over tokens fit one number of patches"),
   ({"model": {"depth": 3}}, "no field 'depth'"),
   ({"file": Path("/no/such.safetensors")}, "/no/such.safetensors"),
@@ -230,6 +231,28 @@ def test_recipe_without_weights_is_one_line_that_says_what_they_are(name):
     ConfigError, match="config.init = '': this config needs weights: a .safetensors or"
   ):
     check.check_config(config)
+
+
+def test_weights_decide_the_variant_and_the_recipe_keeps_its_rates(tmp_path):
+  model = mlp_models.create("vit", "Ti/16", dropout_rate=0.1, num_classes=2, image_size=32)
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+  mlp_models.save(tmp_path / "w.safetensors", model, params)
+
+  def resolve(*flags):
+    config = importlib.import_module("configs.vit").get_config("finetune")
+    knobs.override(config, [f"--config.init={tmp_path / 'w.safetensors'}", *flags])
+    check.check_config(config)
+    return pretrained.resolve(config).model
+
+  resolved = resolve("--config.model.variant=Ti/16")
+  assert (resolved.width, resolved.image_size, resolved.dropout_rate) == (192, 32, 0)
+  assert resolved == resolve()
+  with pytest.raises(ConfigError, match="variant = 'S/16': the weights .* are of Ti/16: leave it"):
+    resolve("--config.model.variant=S/16")
+  with pytest.raises(ConfigError, match="vit has no variant 'Ti/17'; did you mean 'Ti/16'"):
+    resolve("--config.model.variant=Ti/17")
 
 
 def test_variant_gives_the_sizes_that_the_config_leaves_out(smoke_config):

@@ -32,7 +32,7 @@ def test_logits_are_those_of_the_peer(name, tmp_path):
   case = CASES[name]()
   (tmp_path / "config.json").write_text(json.dumps(case.config))
   save_model(case.model, tmp_path / "model.safetensors", {"format": "pt"})
-  images = np.random.default_rng(0).normal(size=(2, case.image_size, case.image_size, 3))
+  images = np.random.default_rng(0).normal(size=(2, *np.broadcast_to(case.image_size, 2), 3))
   images = images.astype(np.float32)
   with torch.no_grad():
     expected = case.logits(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import mlp_models
@@ -200,10 +201,12 @@ def test_a_dataset_is_foreseen_without_being_there(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_flops_for_a_tpu_are_those_of_its_form_of_attention():
+def test_flops_on_accelerators_are_those_of_their_form_of_attention(monkeypatch):
   config = vit.get_config()
   info = data.foresee(config.data)
   on_cpu, on_tpu = (cost.flops_per_image(config, info, platform=p) for p in ("cpu", "tpu"))
   assert cost.flops_per_image(config, info) == on_cpu
   # On a CPU heads as wide as the model take fewer operations.
   assert 1.15 < on_tpu / on_cpu < 1.3
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert cost.flops_per_image(config, info) == on_tpu

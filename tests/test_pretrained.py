@@ -163,10 +163,13 @@ def test_a_grid_that_is_not_square_is_known_by_its_config(columns, tmp_path):
   config["pretrained_cfg"]["input_size"] = [3, 2 * patch_size, columns * patch_size]
   del config["model_args"]["img_size"]
   (tmp_path / "config.json").write_text(json.dumps(config))
-  model, params, _, said = load(tmp_path)
-  assert model.image_size == 2 * patch_size
-  assert f"resampled from 2 x {columns} to 2 x 2 patches" in said
-  expected = resample(rows[0], (2, columns), (2, 2), class_tokens=1)
+  model, params, preprocessing, said = load(tmp_path)
+  assert model.image_size == preprocessing.image_size == (2 * patch_size, columns * patch_size)
+  assert f"for {2 * patch_size} x {columns * patch_size} pixels" in said
+  np.testing.assert_array_equal(params["position"]["embedding"], rows[0])
+  _, params, _, said = load(tmp_path, image_size=(3 * patch_size, patch_size))
+  assert f"resampled from 2 x {columns} to 3 x 1 patches" in said
+  expected = resample(rows[0], (2, columns), (3, 1), class_tokens=1)
   np.testing.assert_array_equal(params["position"]["embedding"], expected)
 
 

@@ -3,6 +3,7 @@
 tests/test_peers_full.py makes timm read such folders.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ import safetensors.numpy
 from conftest import GOLDEN
 
 import mlp_models
+from mlp_models import layers
 from mlp_models.pretrained import describe
 
 PREPROCESSING = mlp_models.Preprocessing(8, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 0.9)
@@ -26,13 +28,15 @@ MODELS = {
   "vit_cls_norm": ("vit", "B/16", VIT | {"pool": "cls_norm", "norm_epsilon": 1e-3}),
   "vit_map": ("vit", "B/16", VIT | {"pool": "map", "qkv_bias": False}),
   "mixer_tanh": ("mixer", "B/16", SIZES | {"token_units": 5, "channel_units": 7}),
+  "mixer_oblong": ("mixer", "B/16", SIZES | {"image_size": (8, 12), "gelu": "exact"}),
+  "gmlp_oblong": ("gmlp", "S/16", SIZES | {"image_size": (12, 8), "drop_path_rate": 0.0}),
   "gmlp": ("gmlp", "S/16", SIZES | {"hidden_units": 10, "drop_path_rate": 0.0}),
 }
 
 
 def random_params(model):
   rng = np.random.default_rng(0)
-  image = np.zeros((1, 8, 8, 3), np.float32)
+  image = np.zeros((1, *layers.grid(model.image_size), 3), np.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
   return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
@@ -63,7 +67,8 @@ def test_what_is_saved_for_timm_is_loaded_as_it_was(case, file, tmp_path):
   save(tmp_path / "it" / file, model)
   loaded, params, preprocessing, lines = load(tmp_path / "it" / file)
   inits = {"spatial_init": "near_zero"} if name == "gmlp" else {}  # of no meaning to weights
-  assert loaded.clone(**inits) == model and preprocessing == PREPROCESSING
+  assert loaded.clone(**inits) == model
+  assert preprocessing == dataclasses.replace(PREPROCESSING, image_size=model.image_size)
   jax.tree.map(np.testing.assert_array_equal, params, random_params(model))
   assert describe(tmp_path / "it" / file).class_names == NAMES
   assert not any(line.startswith("assumed") for line in lines)

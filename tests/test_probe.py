@@ -127,3 +127,37 @@ def test_command_prints_both_accuracies(finished_run, monkeypatch, capsys):
   assert (found["split"], found["images"], found["train_images"]) == ("validation", 500, 512)
   assert (found["features"], found["probe_l2"] in probe._STRENGTHS) == (32, True)
   assert 0 < found["probe_accuracy"] < 1 and 0 < found["knn_accuracy"] < 1
+
+
+def test_weights_without_a_run_are_judged_as_those_of_their_run(
+  finished_run, monkeypatch, capsys, shapes100
+):
+  known = (f"--config.data.data_dir={shapes100}", "--config.data.name=shapes100")
+  config = ("--config", "configs/mixer.py:finetune", f"--config.init={finished_run}", *known)
+  arguments = (*config, "--config.data.max_images=512", "--probe", "--split=validation")
+  status, out, error = run(evaluate, monkeypatch, capsys, *arguments)
+  assert status == 0, error
+  assert "head left out: the model returns features" in error
+  arguments = ("--workdir", finished_run, "--probe", "--split=validation")
+  expected = json.loads(run(evaluate, monkeypatch, capsys, *arguments)[1])
+  found = json.loads(out)
+  for name in ("probe_accuracy", "knn_accuracy"):  # statistics are rounded on their way
+    assert found.pop(name) == pytest.approx(expected.pop(name), abs=0.01)
+  assert found == expected
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("--config.init=x.npz",), "--config needs --probe and --config.init=FILE"),
+    (("--config.init=x.npz", "--probe", "--data_dir=x"), "a config has --config.data.data_dir"),
+    (("--config.init=x.npz", "--probe"), "config.init: x.npz: there is no such file or folder"),
+    (("--probe",), "this config requires --config.init=VALUE"),
+    (("--config.init=x.npz", "--workdir=runs"), "not allowed with argument"),
+  ],
+)
+def test_weights_that_can_not_be_judged_are_one_line(arguments, message, monkeypatch, capsys):
+  config = ("--config", "configs/mixer.py:finetune")
+  status, out, error = run(evaluate, monkeypatch, capsys, *config, *arguments)
+  assert (status, out, error.count("\n")) == (2, "", 1)
+  assert message in error

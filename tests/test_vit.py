@@ -96,7 +96,7 @@ def test_features_are_what_the_head_reads(pool):
 
 
 def test_fixed_positions_are_sines_and_cosines_of_column_and_row():
-  positions = vit.sincos2d(side=3, width=16)
+  positions = vit.sincos2d((3, 3), width=16)
   assert positions.shape == (9, 16) and positions.dtype == np.float32
   row, column = 2, 1
   expected = [
@@ -109,11 +109,11 @@ def test_fixed_positions_are_sines_and_cosines_of_column_and_row():
   fixed = tiny(position="sincos2d")
   assert "position" not in random_params(fixed)
   # The class token has no position: the same as learned ones that begin with zeros.
-  embedding = np.concatenate([np.zeros((1, 16)), vit.sincos2d(2, 16)]).astype(np.float32)
+  embedding = np.concatenate([np.zeros((1, 16)), vit.sincos2d((2, 2), 16)]).astype(np.float32)
   params = random_params(fixed) | {"position": {"embedding": embedding}}
   np.testing.assert_allclose(tiny().apply({"params": params}, IMAGES), apply(fixed), atol=1e-5)
   with pytest.raises(ValueError, match="width of 8, 12, 16, ..., not 18"):
-    vit.sincos2d(2, 18)
+    vit.sincos2d((2, 2), 18)
 
 
 def test_intermediates_have_names():

@@ -15,7 +15,7 @@ from train.data.framing import INTERPOLATIONS, MODES
 from train.devices.machine import memory_limit
 from train.devices.mesh import FSDP
 from train.errors import ConfigError, printable, shown
-from train.knobs import check_knobs
+from train.knobs import check_knobs, is_for_weights
 from train.optimizer import BEST, split_frozen
 
 _MOST = 2**20  # no batch is as large, and no model as wide
@@ -75,21 +75,29 @@ def check_config(config: ConfigDict) -> None:
   require(named, "freeze", "names of parameters, such as patch_embed,block0, or backbone")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
   require(config.nonfinite in ("stop", "skip"), "nonfinite", "stop or skip")
-  is_for_weights = "image_size" in config.model and config.model.image_size is None
   need = (
     "this config needs weights: a .safetensors or .npz file, a folder, a workdir or hf://ORG/NAME"
   )
-  require(bool(config.init) or not is_for_weights, "init", need)
+  require(bool(config.init) or not is_for_weights(config), "init", need)
   if not config.init:  # else the weights give the rest of the model
     check_model(config)
 
 
 def check_model(config: ConfigDict) -> None:
   """Raises ConfigError if `config.model` makes no model, or one larger than any."""
+  given = config.model.to_dict()
+  if "variant" in given:  # it decides what is None
+    given = {name: value for name, value in given.items() if value is not None}
   try:
-    mlp_models.create(**config.model, dtype=config.dtype, remat=config.remat)
+    mlp_models.create(**given, dtype=config.dtype, remat=config.remat)
   except (TypeError, ValueError) as error:
     raise ConfigError(f"config.model: {printable(str(error))}") from None
+  size = config.model.get("image_size")
+  if isinstance(size, tuple | list):  # as images are decoded, cropped and warped
+    raise ConfigError(
+      f"config.model.image_size = {shown(size)}: training takes squares: choose one side, such as "
+      f"--config.model.image_size={min(size)}"
+    )
   for name, value in config.model.items():
     largest = _LARGEST.get(name, _MOST)
     sizes = value if isinstance(value, tuple | list) else [value]

@@ -24,9 +24,12 @@ def flops_per_image(
 
   Args:
     recomputed: also count the operations that `config.remat` repeats.
-    platform: to lower the step for, such as "tpu"; None: the platform of this machine.
+    platform: whose form of the step to count, "cpu" or "tpu" (any accelerator's); None: that of
+      this machine.
   """
-  device = make_mesh(devices=jax.devices()[:1])
+  device = make_mesh(devices=jax.devices("cpu")[:1])  # of XLA's backends only the CPU's counts
+  if platform is None and jax.default_backend() != "cpu":
+    platform = "tpu"  # all accelerators' form; CUDA's has kernels of cuDNN, which XLA can't count
   config = config.copy_and_resolve_references()
   config.steps_per_call = 1
   config.remat = config.remat and recomputed

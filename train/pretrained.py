@@ -1,6 +1,7 @@
 """How a run starts from weights that `config.init` names, or with a variant of a model."""
 
-from typing import Any
+import functools
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -32,12 +33,14 @@ def resolve(config: ConfigDict, folder: epath.Path | None = None) -> ConfigDict:
   Returns:
     A copy whose `model` has every field; the config itself without `init` and `model.variant`.
   Raises:
-    ConfigError: the weights can't be read, are of another family, or do not fit the config.
+    ConfigError: the weights can't be read, are of another family or variant, or do not fit the
+      config.
   """
   if not config.init and "variant" not in config.model:
     return config
   config = config.copy_and_resolve_references()
   given = {name: value for name, value in config.model.to_dict().items() if value is not None}
+  variant = given.pop("variant", None) if config.init else None
   begun = workdir.begun_config(folder) if folder else None
   if not config.init:
     fields, preparation = _all_fields(mlp_models.create(**given)), {}
@@ -45,6 +48,8 @@ def resolve(config: ConfigDict, folder: epath.Path | None = None) -> ConfigDict:
     fields, preparation = begun.model.to_dict(), begun.data.to_dict()
   else:
     fields, preparation = _said_by_weights(config.init, given)
+  if variant is not None:
+    _require_variant(variant, given, fields)
   with config.unlocked(), config.ignore_type():
     config.model = ConfigDict(fields | given)
     for key in _PREPARATION:
@@ -54,13 +59,15 @@ def resolve(config: ConfigDict, folder: epath.Path | None = None) -> ConfigDict:
   return config.lock()
 
 
-def load(config: ConfigDict, info: DatasetInfo) -> dict[str, Any] | None:
+def load(
+  config: ConfigDict, info: DatasetInfo, file: TextIO | None = None
+) -> dict[str, Any] | None:
   """The parameters that the run starts from, as numpy arrays; None without `config.init`.
-
-  Lines on stdout say what is kept, resampled and reset.
 
   Args:
     config: from `resolve`.
+    info: without classes, the model has no head.
+    file: where lines say what is kept, resampled and reset; None: stdout.
   Raises:
     ConfigError: the weights can't be read, or do not fit the model.
   """
@@ -73,7 +80,7 @@ def load(config: ConfigDict, info: DatasetInfo) -> dict[str, Any] | None:
       config.init,
       info.num_classes,
       class_names=info.class_names,
-      say=_say,
+      say=functools.partial(_say, file=file),
       seed=config.seed,
       **fields,
     )
@@ -134,6 +141,24 @@ def _said_by_weights(source: str, given: dict[str, Any]) -> tuple[dict[str, Any]
   }
 
 
+def _require_variant(variant: str, given: dict[str, Any], fields: dict[str, Any]) -> None:
+  """Raises ConfigError if weights are not of the variant that the config gives.
+
+  Args:
+    given, fields: of the model, by the config and by the weights.
+  """
+  try:
+    asked = mlp_models.create(variant=variant, **given)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f"config.model: {error}") from None
+  found = mlp_models.create(**fields)
+  if not registry.have_same_sizes(asked, found):
+    raise ConfigError(
+      f"config.model.variant = {shown(variant)}: the weights in config.init decide the "
+      f"variant, and are of {registry.variant_of(found) or 'none that has a name'}: leave it out"
+    )
+
+
 def _all_fields(model: nn.Module) -> dict[str, Any]:
   """`config.model` of a model."""
   name, fields = registry.describe(model)
@@ -141,6 +166,6 @@ def _all_fields(model: nn.Module) -> dict[str, Any]:
   return {"name": name} | fields
 
 
-def _say(line: str) -> None:
+def _say(line: str, file: TextIO | None) -> None:
   if not jax.process_index():
-    print(line, flush=True)
+    print(line, file=file, flush=True)

@@ -3,7 +3,9 @@
 Shapes: N images that train, M images that are judged, D features, C classes.
 """
 
+import dataclasses
 import functools
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +14,16 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from train.data import Dataset
+from train import data, pretrained
+from train.data import Dataset, statistics
 from train.data.batches import eval_batches
 from train.data.framing import Framing
 from train.data.splits import AnySplit
-from train.devices.mesh import fitting_sizes
+from train.devices.mesh import fitting_sizes, replicated
 from train.run.checkpoint import TrainedModel
-from train.state import Weights
+from train.state import Weights, abstract_state, make_init, make_model
 from train.step import eval_logits
 
 Array = jax.Array
@@ -35,6 +39,30 @@ class Linear(NamedTuple):
 
   kernel: Array  # float32 [D, C]
   bias: Array  # float32 [C]
+
+
+def from_weights(config: ConfigDict, mesh: Mesh) -> tuple[TrainedModel, Dataset]:
+  """The model of the weights in `config.init`, without its head, and the dataset of the config.
+
+  Images are normalised and framed as a run would do it. Lines on stderr say what was found.
+
+  Args:
+    config: accepted by `check.check_config`.
+  Raises:
+    ConfigError: the weights can't be read, or do not fit the config or the images.
+    DataError: the dataset is unavailable or broken.
+  """
+  config = pretrained.resolve(config).unlock()
+  config.data = data.resolve(config.data)
+  info = data.describe(config.data, image_size=config.model.image_size)
+  headless = dataclasses.replace(info, class_names=())
+  template = abstract_state(make_init(config, headless, mesh), headless)
+  params = pretrained.load(config, headless, file=sys.stderr)
+  params = pretrained.begin(template, params).params
+  dataset = data.load(config.data, config.model.image_size)
+  mean, variance = statistics.of_config(config.data, dataset["train"])
+  weights = Weights(params, *jax.device_put((mean, variance), replicated(mesh)))
+  return TrainedModel(config, headless, make_model(config, 0), weights), dataset
 
 
 def probe(trained: TrainedModel, dataset: Dataset, split: str, mesh: Mesh) -> dict[str, Any]:

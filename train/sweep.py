@@ -47,10 +47,14 @@ def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[d
   Args:
     over: "tokens" or "batch".
     repeats, seconds: measurements of each size, and the seconds of each.
+  Raises:
+    ConfigError: over "tokens", a model without patches.
   Returns:
     A row per size: the size under the name `over`, ms_per_image, images_per_second,
     flops_per_image and temporary_bytes (per device).
   """
+  if over == "tokens" and "patch_size" not in config.model:
+    raise ConfigError(f"--sweep tokens: this {config.model.name} has no patch_size to change")
   rows = []
   dataset = timing.load(config)
   for value in _TOKENS if over == "tokens" else _BATCHES:

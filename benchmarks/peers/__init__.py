@@ -15,14 +15,15 @@ import torch
 class Case(NamedTuple):
   """A model in evaluation, with all parameters and buffers drawn at random.
 
-  model: of float images [B, 3, image_size, image_size]; gives logits, or an object with `.logits`.
-    Its `state_dict` has the names of published files.
+  model: of float images [B, 3, H, W]; gives logits, or an object with `.logits`. Its `state_dict`
+    has the names of published files.
   config: what the config.json beside published weights holds.
+  image_size: in pixels; or (H, W).
   """
 
   model: torch.nn.Module
   config: dict[str, Any]
-  image_size: int
+  image_size: int | tuple[int, int]
 
   def logits(self, images: torch.Tensor) -> torch.Tensor:
     output = self.model(images)

@@ -52,7 +52,7 @@ def _timm(architecture: str, **args: Any) -> Case:
   with tempfile.NamedTemporaryFile("r") as file:
     save_config_for_hf(model, file.name)
     config = json.load(file)
-  return Case(randomized(model), config, model.patch_embed.img_size[0])
+  return Case(randomized(model), config, model.patch_embed.img_size)
 
 
 def _transformers(kind: type[torch.nn.Module], **sizes: Any) -> Case:
@@ -82,6 +82,7 @@ _SMALL = {
 CASES = {
   "timm_vit_cls": functools.partial(_small, "vit_tiny_patch16_224"),
   "timm_vit_avg": functools.partial(_small, "vit_tiny_patch16_224", global_pool="avg"),
+  "timm_vit_oblong": functools.partial(_small, "vit_tiny_patch16_224", img_size=(16, 24)),
   "timm_vit_gap": functools.partial(_small, "vit_base_patch16_siglip_gap_224"),
   "timm_vit_map": functools.partial(_small, "vit_so400m_patch16_siglip_256"),
   "transformers_vit": functools.partial(

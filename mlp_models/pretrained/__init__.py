@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from mlp_models import registry
+from mlp_models import layers, registry
 from mlp_models.pretrained import preprocessing as _preprocessing
 from mlp_models.pretrained.errors import WeightsError as WeightsError
 from mlp_models.pretrained.fit import Fit
@@ -27,7 +27,6 @@ from mlp_models.pretrained.sources import Source, open_source
 Params = dict[str, Any]
 
 _OTHERS = {"gelu": "tanh", "pool": "mean"}  # examples of other values, where they are words
-_NO_FIELDS = ("grid", "assumed", "notes")  # what a layout's `fields` say besides
 
 
 class Found(NamedTuple):
@@ -37,7 +36,6 @@ class Found(NamedTuple):
   fields: keyword arguments with which `create` makes their model.
   class_names: () if they are unknown.
   project: whose names the arrays have: "mlp_models", "timm", "transformers" or "npz".
-  grid: (H, W) of the position embeddings in patches; None: square.
   lacks: prefixes of parameters that such weights lack, besides the head's.
   assumed: names of fields that neither the arrays nor a config tell.
   notes: lines on what the config says.
@@ -48,7 +46,6 @@ class Found(NamedTuple):
   class_names: tuple[str, ...]
   preprocessing: Preprocessing
   project: str
-  grid: tuple[int, int] | None = None
   lacks: tuple[str, ...] = ()
   assumed: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
@@ -56,8 +53,8 @@ class Found(NamedTuple):
   def __str__(self) -> str:
     model = registry.create(self.name, **self.fields)
     variant = registry.variant_of(model) or f"of width {self.fields.get('width')}"
-    size = self.fields["image_size"]
-    return f"{self.name} {variant} for {size} x {size} pixels"
+    height, width = layers.grid(self.fields["image_size"])
+    return f"{self.name} {variant} for {height} x {width} pixels"
 
 
 def describe(source: str | os.PathLike[str]) -> Found:
@@ -95,8 +92,8 @@ def load(
     class_names: of the head's classes, in order; None: unknown.
     say: called with each line that says what was found, kept, resampled and reset.
     seed: of the parameters that the weights lack, such as a new head's.
-    **overrides: other fields of the model than the weights say, such as `image_size=384`,
-      `drop_path_rate=0.1` or `dtype="bfloat16"`.
+    **overrides: other fields of the model than the weights say, such as `image_size=384`
+      or `image_size=(384, 512)`, `drop_path_rate=0.1` or `dtype="bfloat16"`.
   Returns:
     model; params, nested dicts of float32 arrays; preprocessing: `model.apply({"params": params},
     images)` takes images that are normalised as it says.
@@ -121,9 +118,9 @@ def load(
   model = registry.create(found.name, **found.fields | overrides | {"num_classes": num_classes})
   fit = Fit(_read(opened, rules), model, found.fields, opened.said, say)
   fit.head(found.class_names, names, found.fields["num_classes"])
-  fit.positions(found.grid)
+  fit.positions()
   params = unflatten_dict(fit.params(found.lacks, seed), sep="/")
-  size: int = model.image_size
+  size: layers.ImageSize = model.image_size
   return model, params, dataclasses.replace(found.preprocessing, image_size=size)
 
 
@@ -144,11 +141,10 @@ def _describe(opened: Source, overrides: Mapping[str, Any]) -> tuple[Found, dict
     }
     found = Found(
       name=layout.family,
-      fields={key: value for key, value in fields.items() if key not in _NO_FIELDS},
+      fields={key: value for key, value in fields.items() if key not in ("assumed", "notes")},
       class_names=_class_names(opened.config, fields["num_classes"]),
       preprocessing=_preprocessing.of(layout.project, opened.config, fields["image_size"]),
       project=layout.project,
-      grid=fields.get("grid"),
       lacks=layout.lacks,
       assumed=tuple(fields.get("assumed", ())),
       notes=tuple(fields.get("notes", ())),

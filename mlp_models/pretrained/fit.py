@@ -1,6 +1,5 @@
 """Fits arrays to a model: another image size, other classes, and what the weights lack."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from mlp_models import layers
 from mlp_models.pretrained.errors import WeightsError, shape_words
 from mlp_models.pretrained.layouts import listed
 from mlp_models.pretrained.positions import resample
@@ -73,19 +73,11 @@ class Fit:
       else:
         self._say(f"head reset: {num_ours:,} classes instead of {before}")
 
-  def positions(self, grid: tuple[int, int] | None) -> None:
-    """Resamples position embeddings to the model's grid of patches.
-
-    Args:
-      grid: the weights', (H, W) in patches; None: a square one.
-    """
+  def positions(self) -> None:
+    """Resamples position embeddings to the model's grid of patches."""
     path = next((path for path in self._shapes if path.endswith(_POSITION)), None)
     if path is None or path not in self.arrays:
       return
-    (rows, width), (new_rows, new_width) = self.arrays[path].shape, self._shapes[path]
-    side = math.isqrt(new_rows)
-    class_tokens = new_rows - side * side  # 1 or 0: no two squares lie as near, but 0 and 1
-    grid = grid or (math.isqrt(rows - class_tokens),) * 2
     has_class_token, needs_one = ("class_token" in x for x in (self.arrays, self._shapes))
     if has_class_token and not needs_one:
       raise WeightsError(
@@ -93,14 +85,16 @@ class Fit:
       )
     if needs_one and not has_class_token:
       raise WeightsError(f"{self._said} has no class token{self._way_out()}")
-    if width != new_width or (rows == new_rows and grid == (side, side)):
+    old = layers.grid(self._fields["image_size"], self._fields.get("patch_size", 1))
+    new = layers.grid(self._model.image_size, getattr(self._model, "patch_size", 1))
+    if self.arrays[path].shape[1] != self._shapes[path][1] or old == new:
       return
     try:
-      self.arrays[path] = resample(self.arrays[path], grid, (side, side), class_tokens)
+      self.arrays[path] = resample(self.arrays[path], old, new, class_tokens=int(needs_one))
     except ValueError as error:
       raise WeightsError(f"{self._said}: {error}") from None
     self._say(
-      f"position embeddings resampled from {grid[0]} x {grid[1]} to {side} x {side} patches"
+      f"position embeddings resampled from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
     )
 
   def params(self, may_be_new: Sequence[str], seed: int) -> dict[str, Any]:
@@ -160,10 +154,10 @@ class Fit:
 
 
 def _image_shape(
-  arrays: Mapping[str, np.ndarray], size: int, patch_size: int | None
+  arrays: Mapping[str, np.ndarray], size: layers.ImageSize, patch_size: int | None
 ) -> tuple[int, int, int, int]:
   """Of one image: the patch embedding knows the number of channels."""
   channels = 3
   if patch_size and "patch_embed/kernel" in arrays:
     channels = arrays["patch_embed/kernel"].shape[0] // patch_size**2
-  return 1, size, size, channels
+  return 1, *layers.grid(size), channels

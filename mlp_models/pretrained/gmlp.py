@@ -8,7 +8,9 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
   num_tokens, _ = shapes["blocks.0.mlp_channels.gate.proj.weight"]
   width, _, patch_size, _ = shapes["stem.proj.weight"]
   return {
-    "image_size": patch_size * rules.square_side(num_tokens, "blocks.0.mlp_channels.gate"),
+    "image_size": rules.image_size(
+      num_tokens, "blocks.0.mlp_channels.gate", patch_size, timm.image_shape(config)
+    ),
     "patch_size": patch_size,
     "width": width,
     "num_blocks": rules.count(shapes, "blocks.{}."),

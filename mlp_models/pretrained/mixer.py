@@ -18,7 +18,9 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
     raise ValueError("its MLPs have gates (timm's gmixer), those of MLP-Mixer have none")
   width, _, patch_size, _ = shapes["stem.proj.weight"]
   return _PAPER | {
-    "image_size": patch_size * rules.square_side(num_tokens, "blocks.0.mlp_tokens"),
+    "image_size": rules.image_size(
+      num_tokens, "blocks.0.mlp_tokens", patch_size, timm.image_shape(config)
+    ),
     "patch_size": patch_size,
     "width": width,
     "num_blocks": rules.count(shapes, "blocks.{}."),
@@ -63,7 +65,7 @@ def _npz_fields(shapes: Shapes, config: Config) -> Fields:
   num_tokens, token_units = shapes["MixerBlock_0/token_mixing/Dense_0/kernel"]
   patch_size, _, _, width = shapes["stem/kernel"]
   return _PAPER | {
-    "image_size": patch_size * rules.square_side(num_tokens, "MixerBlock_0/token_mixing"),
+    "image_size": rules.image_size(num_tokens, "MixerBlock_0/token_mixing", patch_size),
     "patch_size": patch_size,
     "width": width,
     "num_blocks": rules.count(shapes, "MixerBlock_{}/"),

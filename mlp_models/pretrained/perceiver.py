@@ -10,10 +10,10 @@ from mlp_models.pretrained.rules import (
   Shapes,
   conv_patches,
   count,
+  image_size,
   linear,
   norm,
   same,
-  square_side,
   transformers_gelu,
 )
 
@@ -73,9 +73,8 @@ def _preprocessing(shapes: Shapes, config: Config, token_width: int) -> Fields:
   """The fields of what makes tokens; token_width: their channels."""
   if f"{_PIXEL_EMBED}.weight" in shapes:
     num_tokens, channels = shapes[_POSITIONS]
-    size = square_side(num_tokens, _POSITIONS)
     fields = {"variant": "io-learned", "preprocessing": "learned", "embed_channels": channels}
-    return fields | {"image_size": size}
+    return fields | {"image_size": image_size(num_tokens, _POSITIONS)}
   # The other two take any size. Published configs give transformers' default, 56, and mean 224.
   size = config.get("image_size", 56)
   if _CONV in shapes:

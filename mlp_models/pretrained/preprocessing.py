@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mlp_models.layers import ImageSize, grid
+
 _PILLOW = {2: "bilinear", 3: "bicubic"}  # transformers names filters by Pillow's numbers
 
 
@@ -11,14 +13,14 @@ _PILLOW = {2: "bilinear", 3: "bicubic"}  # transformers names filters by Pillow'
 class Preprocessing:
   """What a model expects of its images.
 
-  image_size: height and width in pixels.
+  image_size: in pixels, both sides or (height, width).
   mean, std: one for each channel, of pixels between 0 and 1: the model takes (pixel / 255 - mean) /
     std.
   interpolation: "bilinear" or "bicubic", of the resize.
   crop: the part of an image's shorter side that evaluation keeps, around the centre.
   """
 
-  image_size: int
+  image_size: ImageSize
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
   interpolation: str = "bilinear"
@@ -27,11 +29,11 @@ class Preprocessing:
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
     """The inverse of `dataclasses.asdict`, also after JSON has made lists of tuples."""
-    given: dict[str, Any] = dict(fields)
-    return cls(**given | {name: tuple(given[name]) for name in ("mean", "std") if name in given})
+    given: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
+    return cls(**given)
 
 
-def of(project: str, config: Mapping[str, Any], image_size: int) -> Preprocessing:
+def of(project: str, config: Mapping[str, Any], image_size: ImageSize) -> Preprocessing:
   """As the config beside a project's weights says, or as the project does without one."""
   if project == "npz":  # vision_transformer and big_vision: resize to 256, cut 224, -1 to 1
     return Preprocessing(image_size, crop=0.875)
@@ -39,7 +41,7 @@ def of(project: str, config: Mapping[str, Any], image_size: int) -> Preprocessin
   return read(config, image_size) or Preprocessing(image_size)
 
 
-def _of_timm(config: Mapping[str, Any], image_size: int) -> Preprocessing | None:
+def _of_timm(config: Mapping[str, Any], image_size: ImageSize) -> Preprocessing | None:
   """As timm's config.json says, on its top level or in `pretrained_cfg`; None if it does not."""
   found = {**config, **(config.get("pretrained_cfg") or {})}
   if "mean" not in found:
@@ -53,15 +55,16 @@ def _of_timm(config: Mapping[str, Any], image_size: int) -> Preprocessing | None
   )
 
 
-def _of_transformers(config: Mapping[str, Any], image_size: int) -> Preprocessing | None:
+def _of_transformers(config: Mapping[str, Any], image_size: ImageSize) -> Preprocessing | None:
   """As transformers' preprocessor_config.json says; None if it does not."""
   if "image_mean" not in config:
     return None
   size, crop = config.get("size"), 1.0
   shorter = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
   if config.get("do_center_crop") and shorter:
-    cut = config.get("crop_size") or image_size
-    cut = cut.get("height", image_size) if isinstance(cut, dict) else cut
+    side = min(grid(image_size))
+    cut = config.get("crop_size") or side
+    cut = cut.get("height", side) if isinstance(cut, dict) else cut
     crop = min(cut, shorter) / max(cut, shorter)  # Perceiver cuts first, and has the two swapped
   return Preprocessing(
     image_size,

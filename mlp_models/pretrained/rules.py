@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlp_models.layers import ImageSize, grid
 from mlp_models.pretrained.errors import shape_words
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a file's arrays, by their names
@@ -44,9 +45,9 @@ class Layout(NamedTuple):
   """The names and shapes in which a project keeps the weights of a family.
 
   fields: (shapes, config) -> the fields of the model's class, image_size, patch_size and
-    num_classes (0 without a head) among them; also "grid", the (H, W) of position embeddings that
-    are not square, "assumed", names of fields that neither shapes nor config tell, and "notes",
-    lines on what the config says. A ValueError says what can't be told.
+    num_classes (0 without a head) among them; also "assumed", names of fields that neither shapes
+    nor config tell, and "notes", lines on what the config says. A ValueError says what can't be
+    told.
   rules: (fields, shapes) -> all arrays of such a file. For `save`, shapes are {}, the usual file,
     or of what `unusual` says.
   """
@@ -161,12 +162,42 @@ def count(shapes: Shapes, pattern: str) -> int:
   return number
 
 
-def square_side(num_tokens: int, what: str) -> int:
-  """The root of a number of tokens. Raises ValueError if it is none of a square grid."""
+def oblong(shape: Any) -> tuple[int, int] | None:
+  """(height, width) that differ; None for anything else."""
+  if isinstance(shape, list | tuple) and shape[0] != shape[1]:
+    return shape[0], shape[1]
+  return None
+
+
+def is_grid(num_tokens: int, patch_size: int, image_shape: tuple[int, int] | None) -> bool:
+  """Whether so many tokens are the patches of an image, without a class token: see `image_size`.
+
+  A square number plus 1 is never a square, so that no file is read in two ways.
+  """
+  return math.prod(_grid(num_tokens, patch_size, image_shape)) == num_tokens
+
+
+def image_size(
+  num_tokens: int, what: str, patch_size: int = 1, image_shape: tuple[int, int] | None = None
+) -> ImageSize:
+  """The image_size whose patches are so many tokens.
+
+  Args:
+    what: has the tokens, for the message.
+    image_shape: (H, W) if they are known to differ; None: the image is a square.
+  Raises:
+    ValueError: the tokens are no square grid, or not that of image_shape.
+  """
+  rows, columns = _grid(num_tokens, patch_size, image_shape)
+  if rows * columns != num_tokens:
+    expected = f"are not {rows} x {columns}" if image_shape else "make no square grid"
+    raise ValueError(f"{what} has {num_tokens} tokens, which {expected}")
+  return (rows * patch_size, columns * patch_size) if image_shape else rows * patch_size
+
+
+def _grid(num_tokens: int, patch_size: int, image_shape: tuple[int, int] | None) -> tuple[int, int]:
   side = math.isqrt(num_tokens)
-  if side * side != num_tokens:
-    raise ValueError(f"{what} has {num_tokens} tokens, which make no square grid")
-  return side
+  return grid(image_shape, patch_size) if image_shape else (side, side)
 
 
 def apply(rules: Mapping[str, Rule], read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from mlp_models import registry
+from mlp_models import layers, registry
 from mlp_models.pretrained import config, timm
 from mlp_models.pretrained.errors import WeightsError
 from mlp_models.pretrained.layouts import LAYOUTS, listed
@@ -119,7 +119,7 @@ def _for_timm(
     raise WeightsError(f"timm has no such {name}: {listed(odd)} differ")
   arrays = invert(rules, flat)
   shapes = {key: x.shape for key, x in arrays.items()}
-  sizes = layout.fields(shapes, {})
+  sizes = layout.fields(shapes, {"model_args": {"img_size": fields["image_size"]}})
   fields = {key: sizes.get(key) if x is None else x for key, x in fields.items()}
   try:
     made = layout.model(fields, shapes)
@@ -138,14 +138,13 @@ def _config(
 
   first: the weight of the patch embedding, [D, C, P, P].
   """
-  size, channels = fields["image_size"], shapes[first][1]
   args = made.args
   if timm.act_layer(fields["gelu"]) != "gelu" or made.gelu_is_named:
     args = args | {"act_layer": timm.act_layer(fields["gelu"])}
   content: dict[str, Any] = {"architecture": made.architecture} if made.architecture else {}
   content |= {"num_features": fields["width"], "model_args": args}
   content["pretrained_cfg"] = {
-    "input_size": [channels, size, size],
+    "input_size": [shapes[first][1], *layers.grid(fields["image_size"])],
     "fixed_input_size": True,
     "num_classes": fields["num_classes"],
     "pool_size": None,

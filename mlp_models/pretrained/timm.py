@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mlp_models.pretrained.rules import Config, Fields, Shapes
+from mlp_models.pretrained.rules import Config, Fields, Shapes, oblong
 
 _GELUS = {"gelu": "exact", "gelu_tanh": "tanh"}  # ours by timm's act_layer
 NORM_EPSILON = 1e-6  # of timm's norms, unless our own config.json says another
@@ -27,6 +27,15 @@ class Model(NamedTuple):
 def args_of(config: Config) -> Mapping[str, Any]:
   """The arguments of a model's class that a config gives."""
   return config.get("model_args") or {}
+
+
+def image_shape(config: Config) -> tuple[int, int] | None:
+  """(H, W) of the images that a config says; None if they are square, or not said."""
+  shape = args_of(config).get("img_size")
+  if not shape:
+    found = {**config, **(config.get("pretrained_cfg") or {})}.get("input_size")
+    shape = found[1:] if found else None
+  return oblong(shape)
 
 
 def gelu(config: Config, default: str = "exact") -> str:

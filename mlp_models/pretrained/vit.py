@@ -5,9 +5,8 @@ ViTForImageClassification and ViTModel. Layer scale, registers, norms of queries
 like have arrays that no rule reads, so that such files are refused by the names of these arrays.
 """
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,14 @@ from mlp_models.pretrained.rules import (
   Shapes,
   conv_patches,
   count,
+  image_size,
   into_heads,
+  is_grid,
   linear,
   norm,
+  oblong,
   out_of_heads,
   reshaped,
-  square_side,
   transformers_gelu,
 )
 
@@ -38,14 +39,14 @@ def vit_fields(
   num_positions: int,
   hidden: int,
   has_class_token: bool,
-  image_shape: Sequence[int] | None = None,
+  image_shape: tuple[int, int] | None = None,
   **others: Any,
 ) -> Fields:
   """The fields of a model without dropout.
 
   patches: the patch embedding's (D, P, P).
   num_positions: rows of the position embeddings, with or without one for the class token.
-  image_shape: (H, W) that a config says; None: square.
+  image_shape: (H, W) that a config says, if they differ.
   others: fields, num_heads and pool among them.
   """
   width, patch_size, patch_width = patches
@@ -55,13 +56,9 @@ def vit_fields(
     raise ValueError(f"{others['num_heads']} heads do not divide the width {width}")
   reads_class_token = others["pool"] in ("cls", "cls_norm")
   tokens = {"position": "learned", "class_token": has_class_token and not reads_class_token}
-  if image_shape and image_shape[0] != image_shape[1]:
-    grid = tuple(side // patch_size for side in image_shape)
-    tokens |= {"grid": grid, "image_size": min(grid) * patch_size}
-  else:
-    class_rows = int(has_class_token and not _is_square(num_positions))
-    side = square_side(num_positions - class_rows, "the position embedding")
-    tokens["image_size"] = side * patch_size
+  are_patches = is_grid(num_positions, patch_size, image_shape)
+  num_patches = num_positions - int(has_class_token and not are_patches)
+  tokens["image_size"] = image_size(num_patches, "the position embedding", patch_size, image_shape)
   sizes: Fields = {"patch_size": patch_size, "width": width}
   sizes |= {"head_dim": width // others["num_heads"], "mlp_units": (hidden, width)}
   rates = dict.fromkeys(("dropout_rate", "attention_dropout_rate", "head_dropout_rate"), 0.0)
@@ -69,20 +66,15 @@ def vit_fields(
   return sizes | tokens | rates | rest | others
 
 
-def _is_square(number: int) -> bool:
-  # A grid's size and that size plus 1 are never both squares: no file is read in two ways.
-  return math.isqrt(number) ** 2 == number
-
-
-def _are_patches(positions: tuple[int, ...], fields: Fields) -> bool:
-  """Whether position embeddings of this shape are those of the patches alone."""
-  rows = positions[-2]
-  return rows == math.prod(fields["grid"]) if "grid" in fields else _is_square(rows)
-
-
 def _usual_heads(width: int) -> int:
   """The number of heads where nothing tells it: models wider than L have 16."""
   return 16 if width > 1024 else max(1, width // 64)
+
+
+def _are_patches(shapes: Shapes, position: str, fields: Fields) -> bool:
+  """Whether position embeddings are those of the patches alone; a usual file's are not."""
+  size = fields["patch_size"], oblong(fields["image_size"])
+  return position in shapes and is_grid(shapes[position][-2], *size)
 
 
 def token_rules(fields: Fields, shapes: Shapes, cls: str, position: str | None) -> list[Rule]:
@@ -91,7 +83,7 @@ def token_rules(fields: Fields, shapes: Shapes, cls: str, position: str | None) 
   has_class_token = fields["class_token"] or fields["pool"] in ("cls", "cls_norm")
   if has_class_token:
     rules.append(reshaped(cls, "class_token", (1, 1, width), (width,)))
-  if position and position in shapes and has_class_token and _are_patches(shapes[position], fields):
+  if position and has_class_token and _are_patches(shapes, position, fields):
     # The class token has no position: zeros in ours.
     zeros = np.zeros((1, width), np.float32)
     rules.append(
@@ -136,7 +128,7 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
   return vit_fields(
     patches=(width, *patch),
     num_positions=shapes["pos_embed"][-2],
-    image_shape=_timm_image_shape(config),
+    image_shape=timm.image_shape(config),
     num_classes=shapes.get("head.weight", (0,))[0],
     num_blocks=count(shapes, "blocks.{}."),
     num_heads=num_heads or _usual_heads(width),
@@ -149,14 +141,6 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
     gelu=timm.gelu(config, "tanh" if _TIMM_TANH.fullmatch(name) else "exact"),
     norm_epsilon=timm.norm_epsilon(config),
   )
-
-
-def _timm_image_shape(config: Config) -> Sequence[int] | None:
-  """(H, W) of the images; None if the config does not say."""
-  if size := timm.args_of(config).get("img_size"):
-    return size if isinstance(size, list | tuple) else None
-  found = {**config, **(config.get("pretrained_cfg") or {})}.get("input_size")
-  return found[1:] if found else None
 
 
 def _timm_pool(shapes: Shapes, global_pool: str | None) -> str:
@@ -214,7 +198,6 @@ def _timm_model(fields: Fields, shapes: Shapes) -> timm.Model:
   if fields["num_heads"] * fields["head_dim"] != width:
     raise ValueError(f"its heads have a width of {width} together")
   size = {192: "tiny", 384: "small", 1024: "large"}.get(width, "base")
-  num_patches = (fields["image_size"] // fields["patch_size"]) ** 2
   pools = {"cls": "token", "cls_norm": "token", "mean": "avg", "mean_norm": "avg", "map": "map"}
   args = {
     "img_size": fields["image_size"],
@@ -226,7 +209,7 @@ def _timm_model(fields: Fields, shapes: Shapes) -> timm.Model:
     "mlp_ratio": timm.mlp_ratio(fields["mlp_units"][0], width),
     "qkv_bias": fields["qkv_bias"],
     "class_token": "cls_token" in shapes,
-    "no_embed_class": "cls_token" in shapes and shapes["pos_embed"][1] == num_patches,
+    "no_embed_class": "cls_token" in shapes and _are_patches(shapes, "pos_embed", fields),
     "fc_norm": pool.endswith("_norm"),
     "global_pool": pools[pool],
     "act_layer": timm.act_layer(fields["gelu"]),
@@ -244,12 +227,11 @@ def _mlp(first: str, second: str, ours: str) -> list[Rule]:
 def _transformers_fields(shapes: Shapes, config: Config) -> Fields:
   width, _, *patch = shapes["embeddings.patch_embeddings.projection.weight"]
   block, names = _transformers_names(shapes)
-  image_size = config.get("image_size")
   num_heads = config.get("num_attention_heads")
   return vit_fields(
     patches=(width, *patch),
     num_positions=shapes["embeddings.position_embeddings"][-2],
-    image_shape=image_size if isinstance(image_size, list) else None,
+    image_shape=oblong(config.get("image_size")),
     num_classes=shapes.get("classifier.weight", (0,))[0],
     num_blocks=count(shapes, f"{block}."),
     num_heads=num_heads or _usual_heads(width),

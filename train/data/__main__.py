@@ -8,7 +8,7 @@ import argparse
 
 from ml_collections import ConfigDict
 
-from train import flags, knobs
+from train import check, flags, pretrained
 from train.data.prepared import open_prepared
 from train.data.show import draw_samples
 from train.errors import DataError, fail
@@ -37,7 +37,8 @@ def main() -> None:
   try:
     if arguments.command == "show":
       arguments, config = flags.parse(parser)
-      knobs.check_knobs(config)
+      check.check_config(config)
+      config = pretrained.resolve(config)  # weights or a variant may give the model's sizes
       if not arguments.output.parent.is_dir():
         raise FileNotFoundError(f"--output {arguments.output}: its folder is missing")
       draw_samples(config, arguments.output)
@@ -51,7 +52,7 @@ def main() -> None:
     # `prepare` has the same flags, without the prefix.
     prefix = "--" if arguments.command == "prepare" else "--config.data."
     fail(str(error).replace("--config.data.", prefix), 1)
-  except (OSError, ValueError) as error:  # an output that can't be written, a wrong patch size
+  except (OSError, ValueError) as error:  # an output that can't be written, a wrong config
     fail(error, 2)
 
 

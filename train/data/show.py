@@ -14,20 +14,17 @@ def draw_samples(config: ConfigDict, output: str) -> None:
   """Draws validation images with their labels, and one resized and cut into the model's patches.
 
   Args:
-    config: a whole config, with `model.image_size` and `model.patch_size` in pixels.
+    config: from `pretrained.resolve`; a model without a `patch_size` has no patches.
     output: the PNG file to write.
   Raises:
     DataError: the dataset is unavailable or broken.
-    ValueError: the image size is not a multiple of the patch size.
   """
   import matplotlib
 
   matplotlib.use("Agg")  # no screen needed
   from matplotlib import pyplot as plt
 
-  size, patch = config.model.image_size, config.model.patch_size
-  if size % patch:
-    raise ValueError(f"--config.model.image_size={size} is no multiple of patch_size={patch}")
+  size, patch = config.model.image_size, config.model.get("patch_size", config.model.image_size)
   data_config = resolve(config.data)
   dataset = load(data_config, size, splits=("validation",))
   validation = dataset["validation"]
@@ -45,10 +42,8 @@ def draw_samples(config: ConfigDict, output: str) -> None:
     axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
     axes.set_title(printable(name), fontsize=8, parse_math=False)
   count = (size // patch) ** 2
-  right.suptitle(
-    printable(f"{names[0]}: resized to {size}x{size}, {count} patches of {patch}x{patch}"),
-    parse_math=False,
-  )
+  patches = f", {count} patches of {patch}x{patch}" if count > 1 else ""
+  right.suptitle(printable(f"{names[0]}: resized to {size}x{size}{patches}"), parse_math=False)
   axes = right.subplots()
   axes.imshow(_cut_in_patches(seen, patch), cmap="gray", vmin=0, vmax=255)
   for axes in figure.axes:
@@ -68,6 +63,6 @@ def _cut_in_patches(image, patch):
   """Separates the patches of an image [S, S, ...] by white gaps, a sixth of a patch wide."""
   for axis in (0, 1):
     image = np.repeat(image, 6, axis)  # so that a sixth of a patch is a whole number
-    cuts = range(6 * patch, image.shape[axis], 6 * patch)
+    cuts = np.arange(6 * patch, image.shape[axis], 6 * patch)
     image = np.insert(image, np.repeat(cuts, patch), 255, axis=axis)
   return image
