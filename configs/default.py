@@ -150,11 +150,17 @@ def finetune(name: str, **fields: Any) -> ConfigDict:
 
   Args:
     name: of the family.
-    **fields: of the model that the weights do not decide; None: they do, unless it is given.
+    **fields: of the model that the weights do not decide. A placeholder: they do, unless a flag
+      says otherwise, as it may where nothing beside the weights tells.
   """
   config = get_config()
   config.init = config_dict.required_placeholder(str)
-  config.model = {"name": name, "image_size": config_dict.placeholder(int)} | fields
+  config.model = {
+    "name": name,
+    "image_size": config_dict.placeholder(int),
+    "gelu": config_dict.placeholder(str),  # a bare file does not tell
+    **fields,
+  }
   config.epochs = 20
   config.optimizer.learning_rate = 1e-4
   config.optimizer.weight_decay = 0.0

@@ -12,6 +12,8 @@ where its recipe comes from):
       --config.data.name=folder:PATH
 """
 
+from ml_collections import config_dict
+
 from configs import default
 
 
@@ -25,6 +27,8 @@ def get_config(variant=None):
       attention_dropout_rate=0.0,
       head_dropout_rate=0.0,
       drop_path_rate=0.0,
+      num_heads=config_dict.placeholder(int),
+      pool=config_dict.placeholder(str),
     )
   config = default.get_config()
   config.model = {

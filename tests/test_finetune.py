@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import GOLDEN
 from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -26,6 +28,7 @@ from train.run.checkpoint import Checkpoints, load_trained_model
 from train.run.workdir import read_config, read_dataset
 from train.state import abstract_state, make_init
 
+PERCEIVER = "transformers_perceiver_conv"
 SIZES = dict(image_size=16, patch_size=8, width=16, num_blocks=2)
 PREPARED = mlp_models.Preprocessing(16, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 0.875)
 
@@ -231,6 +234,17 @@ def test_recipe_without_weights_is_one_line_that_says_what_they_are(name):
     ConfigError, match="config.init = '': this config needs weights: a .safetensors or"
   ):
     check.check_config(config)
+
+
+@pytest.mark.parametrize(
+  "case", ["timm_vit_map", "timm_mixer", "timm_gmlp", "transformers_fnet", PERCEIVER]
+)
+def test_recipe_has_a_flag_for_each_field_that_a_bare_file_leaves_open(case, tmp_path):
+  shutil.copy(GOLDEN / "peers" / case / "model.safetensors", tmp_path / "bare.safetensors")
+  found = describe(tmp_path / "bare.safetensors")
+  config = importlib.import_module(f"configs.{found.name}").get_config("finetune")
+  knobs.override(config, [f"--config.model.{x}={found.fields[x]}" for x in found.assumed])
+  assert found.assumed and all(config.model[x] == found.fields[x] for x in found.assumed)
 
 
 def test_weights_decide_the_variant_and_the_recipe_keeps_its_rates(tmp_path):
