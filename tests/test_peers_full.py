@@ -13,6 +13,7 @@ import pytest
 from needs import NEEDS
 
 import mlp_models
+from mlp_models import layers
 
 pytestmark = pytest.mark.needs(what="torch")
 
@@ -47,11 +48,11 @@ SAVED = [
   ("vit", "S/16", VIT),
   ("vit", "S/16", VIT | {"width": 60, "num_heads": 3, "head_dim": 20, "mlp_units": (77, 60)}),
   ("vit", "S/16", VIT | {"pool": "cls_norm", "gelu": "exact"}),
-  ("vit", "S/16", VIT | {"pool": "mean", "class_token": True}),
+  ("vit", "S/16", VIT | {"pool": "mean", "class_token": True, "image_size": (32, 64)}),
   ("vit", "S/16", VIT | {"pool": "mean_norm"}),
   ("vit", "S/16", VIT | {"pool": "map", "qkv_bias": False}),
-  ("mixer", "S/32", {"image_size": 64, "num_classes": 7, "gelu": "exact"}),
-  ("gmlp", "Ti/16", {"image_size": 64, "num_classes": 0}),
+  ("mixer", "S/32", {"image_size": (64, 32), "num_classes": 7, "gelu": "exact"}),
+  ("gmlp", "Ti/16", {"image_size": (32, 64), "num_classes": 0}),
 ]
 
 
@@ -62,7 +63,8 @@ def test_timm_makes_the_model_of_a_saved_folder(name, variant, fields, tmp_path)
 
   model = mlp_models.create(name, variant, **fields)
   rng = np.random.default_rng(0)
-  images = rng.normal(size=(2, 64, 64, 3)).astype(np.float32)
+  height, width = layers.grid(model.image_size)
+  images = rng.normal(size=(2, height, width, 3)).astype(np.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
   params = jax.tree.map(
     lambda x: rng.normal(scale=max(x.shape) ** -0.5, size=x.shape).astype(np.float32), shapes
@@ -78,5 +80,5 @@ def test_timm_makes_the_model_of_a_saved_folder(name, variant, fields, tmp_path)
   np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
   data = timm.data.resolve_data_config({}, model=theirs)
   said = [data[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")]
-  assert said == [(3, 64, 64), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], "bilinear", 0.9]
+  assert said == [(3, height, width), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], "bilinear", 0.9]
   assert list(theirs.pretrained_cfg.get("label_names", [])) == names
