@@ -196,11 +196,17 @@ def finetune(name: str, **fields: Any) -> ConfigDict:
 
   Args:
     name: of the family.
-    **fields: of the model that the weights do not decide; None: they do, unless it is given.
+    **fields: of the model that the weights do not decide. A placeholder: they do, unless a flag
+      says otherwise, as it may where nothing beside the weights tells.
   """
   config = get_config()
   config.init = config_dict.required_placeholder(str)
-  config.model = {"name": name, "image_size": config_dict.placeholder(int)} | fields
+  config.model = {
+    "name": name,
+    "image_size": config_dict.placeholder(int),
+    "gelu": config_dict.placeholder(str),  # a bare file does not tell
+    **fields,
+  }
   config.epochs = 20
   config.optimizer.learning_rate = 3e-4
   config.optimizer.weight_decay = 0.0
@@ -250,11 +256,11 @@ def imagenet(name: str, variant: str, **fields: Any) -> ConfigDict:
 
 
 # A run of a few seconds that uses everything: two epochs of 512 images, or what there is.
-SMOKE = {"epochs": 2, "batch_size": 64, "data.max_images": 512}
+SMOKE: dict[str, Any] = {"epochs": 2, "batch_size": 64, "data.max_images": 512}
 
 # What has replaced the examples' recipe since: a schedule instead of the plateau, mixed images and
 # smoothed targets instead of dropout, and Muon on the blocks' matrices.
-STRONG = {
+STRONG: dict[str, Any] = {
   "schedule.name": "linear",
   "schedule.warmup_fraction": 0.08,
   "plateau.factor": 1.0,

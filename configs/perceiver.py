@@ -9,12 +9,21 @@ imagenet (the paper's model, for a TPU slice; docs/planning.md says which), fine
 other images, with --config.init=FILE).
 """
 
+from ml_collections import config_dict
+
 from configs import default
 
 
 def get_config(variant=None):
   if variant == "finetune":
-    return default.finetune("perceiver", dropout_rate=0.0, attention_dropout_rate=0.0)
+    return default.finetune(
+      "perceiver",
+      dropout_rate=0.0,
+      attention_dropout_rate=0.0,
+      num_heads=config_dict.placeholder(int),
+      num_cross_heads=config_dict.placeholder(int),
+      num_iterations=config_dict.placeholder(int),
+    )
   if variant == "imagenet":
     return _imagenet()
   config = default.get_config()

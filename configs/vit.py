@@ -14,6 +14,8 @@ where its recipe comes from):
 and imagenet (S/16 of "Better plain ViT baselines", for eight TPU cores; not trained here).
 """
 
+from ml_collections import config_dict
+
 from configs import default
 
 
@@ -29,6 +31,8 @@ def get_config(variant=None):
       attention_dropout_rate=0.0,
       head_dropout_rate=0.0,
       drop_path_rate=0.0,
+      num_heads=config_dict.placeholder(int),
+      pool=config_dict.placeholder(str),
     )
   config = default.get_config()
   config.model = {

@@ -21,6 +21,7 @@ class HeadWeights(nn.Module):
   kernel_shape: tuple[int, ...]
   bias_shape: tuple[int, ...]
   kernel_init: str
+  has_bias: bool = True  # else it is zeros, and no parameter
 
   @nn.compact
   def __call__(self) -> tuple[Array, Array]:
@@ -31,7 +32,8 @@ class HeadWeights(nn.Module):
       axes = (0, (1, 2)) if is_into else ((0, 1), 2)
       init = nn.initializers.glorot_uniform(*axes)
     kernel = self.param("kernel", init, self.kernel_shape)
-    return kernel, self.param("bias", nn.initializers.zeros, self.bias_shape)
+    zeros, shape = nn.initializers.zeros, self.bias_shape
+    return kernel, self.param("bias", zeros, shape) if self.has_bias else jnp.zeros(shape)
 
 
 class SelfAttention(nn.Module):
@@ -39,8 +41,8 @@ class SelfAttention(nn.Module):
 
   With `data` [B, S, E], their tokens are the keys and values. Dropout is on the softmax, which is
   float32; all else is computed in `dtype`. `kernel_init` is one of INITS: Glorot's as Keras counts
-  inputs and outputs, or as the papers' code does. Intermediates: "weights", the softmax before
-  dropout, float32 [B, N, T, S].
+  inputs and outputs, or as the papers' code does. `qkv_bias`: queries, keys and values have biases.
+  Intermediates: "weights", the softmax before dropout, float32 [B, N, T, S].
   """
 
   num_heads: int
@@ -48,6 +50,7 @@ class SelfAttention(nn.Module):
   dropout_rate: float
   dtype: DTypeLike
   kernel_init: str = "keras"
+  qkv_bias: bool = True
 
   @nn.compact
   def __call__(self, x_BxTxD: Array, data_BxSxE: Array | None = None) -> Array:
@@ -57,15 +60,14 @@ class SelfAttention(nn.Module):
     heads, init = (self.num_heads, self.head_dim), self.kernel_init
     into, data_into = ((tokens.shape[-1], *heads) for tokens in (x_BxTxD, data_BxSxE))
     weights = AttentionWeights(
-      query=HeadWeights(into, heads, init, name="query")(),
-      key=HeadWeights(data_into, heads, init, name="key")(),
-      value=HeadWeights(data_into, heads, init, name="value")(),
+      query=HeadWeights(into, heads, init, self.qkv_bias, name="query")(),
+      key=HeadWeights(data_into, heads, init, self.qkv_bias, name="key")(),
+      value=HeadWeights(data_into, heads, init, self.qkv_bias, name="value")(),
       out=HeadWeights((*heads, into[0]), into[:1], init, name="out")(),
     )
     if self.is_mutable_collection("intermediates"):
-      query_BxTxNxK = _into_heads(x_BxTxD, *weights.query)
-      key_BxSxNxK = _into_heads(data_BxSxE, *weights.key)
-      layers.record(self, "weights", softmax(query_BxTxNxK, key_BxSxNxK))
+      into_heads = _into_heads(x_BxTxD, *weights.query), _into_heads(data_BxSxE, *weights.key)
+      layers.record(self, "weights", softmax(*into_heads))
     seeds_B = dropout.layer_seeds(self)
     if is_wide:
       attend = kernels.with_wide_heads(lambda x, *rest: _over_heads(x, x, *rest))

@@ -65,9 +65,8 @@ class TokenDense(nn.Module):
     shape = (x_BxTxD.shape[1], self.features)
     kernel_TxS = self.param("kernel", self.kernel_init, shape)
     bias_S = self.param("bias", self.bias_init, (self.features,))
-    dtype = self.dtype
-    y_BxSxD: Array = kernels.token_dense(kernel_TxS.astype(dtype), x_BxTxD.astype(dtype))
-    return y_BxSxD + bias_S.astype(dtype)[:, None]
+    y_BxSxD: Array = kernels.token_dense(kernel_TxS.astype(self.dtype), x_BxTxD.astype(self.dtype))
+    return y_BxSxD + bias_S.astype(self.dtype)[:, None]
 
 
 class PositionEmbedding(nn.Module):

@@ -120,13 +120,16 @@ def describe(model: nn.Module) -> tuple[str, dict[str, Any]]:
 
 def variant_of(model: nn.Module) -> str | None:
   """The variant whose sizes a model has, whatever its classes and rates; None if there is none."""
-  name, fields = describe(model)
-  for variant, (kind, values) in _MODELS[name].items():
-    if type(model) is kind:
-      sizes = {key: getattr(kind, key) for key in fields if key != "variant"} | dict(values)
-      if all(fields[key] == sizes[key] for key in sizes if not _is_free(key)):
-        return variant
-  return None
+  name, _ = describe(model)
+  return next((x for x in VARIANTS[name] if have_same_sizes(model, create(name, x))), None)
+
+
+def have_same_sizes(model: nn.Module, other: nn.Module) -> bool:
+  """Whether two models differ in nothing but what a variant leaves free, such as classes."""
+  if type(model) is not type(other):
+    return False
+  (_, fields), (_, others) = describe(model), describe(other)
+  return all(fields[key] == others[key] for key in fields if not _is_free(key))
 
 
 def _is_free(field: str) -> bool:

@@ -6,7 +6,6 @@ of the model's. Other than in the paper's code, positions and attention's output
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.typing import DTypeLike
 from mlp_models import dropout, layers
 from mlp_models.attention import SelfAttention
 
-POOLS = ("flatten", "mean", "mean_norm", "cls", "map")
+POOLS = ("flatten", "mean", "mean_norm", "cls", "cls_norm", "map")
 POSITIONS = ("learned", "sincos2d")
 HEAD_ACTIVATIONS = ("gelu", "tanh")
 Part = Callable[..., nn.Module]  # makes a layer of the given name
@@ -86,11 +85,11 @@ class ViT(nn.Module):
   """Vision Transformer: images [B, H, W, C] -> float32 logits [B, num_classes].
 
   pool: what the head reads: "flatten", all tokens; "cls", the class token; "mean", the patches'
-    mean; "mean_norm", their mean, normalised after and not before it; "map", `AttentionPool`.
+    mean; "map", `AttentionPool`; "cls_norm" and "mean_norm" normalise after pooling, not before it.
   class_token: there is a class token also where the head does not read it.
   position: "learned", or "sincos2d", fixed (see `sincos2d`).
   gelu_last: gelu follows the last layer of an MLP, too.
-  attention_init: one of `attention.INITS`.
+  attention_init, qkv_bias: of the blocks, see `SelfAttention`; the pool always has biases.
   head_units, head_activation: hidden layers of the head; "gelu" or "tanh" after each.
 
   Intermediates: of a block "token_mixing" and "output", of its attention "weights".
@@ -111,6 +110,7 @@ class ViT(nn.Module):
   gelu: str = "exact"
   gelu_last: bool = True
   attention_init: str = "keras"
+  qkv_bias: bool = True
   norm_epsilon: float = 1e-6
   num_classes: int = 100
   head_init: str = "glorot"
@@ -127,26 +127,25 @@ class ViT(nn.Module):
   ) -> Array:
     dropout.start(self, images_BxHxWxC.shape[0], positions, train)
     gelu = functools.partial(layers.gelu, kind=self.gelu)
-    heads, rate = (self.num_heads, self.head_dim), self.attention_dropout_rate
-    parts: tuple[Part, Part, Part] = (
-      functools.partial(SelfAttention, *heads, rate, self.dtype, self.attention_init),
-      functools.partial(MLP, self.mlp_units, self.dropout_rate, self.dtype, gelu, self.gelu_last),
-      functools.partial(layers.LayerNorm, self.dtype, self.norm_epsilon),
-    )
+    heads, rate, dtype = (self.num_heads, self.head_dim), self.attention_dropout_rate, self.dtype
+    attention = functools.partial(SelfAttention, *heads, rate, dtype, self.attention_init)
+    mlp = functools.partial(MLP, self.mlp_units, self.dropout_rate, dtype, gelu, self.gelu_last)
+    norm = functools.partial(layers.LayerNorm, dtype, self.norm_epsilon)
     block = layers.remat(ViTBlock, self.remat)
+    parts = functools.partial(attention, qkv_bias=self.qkv_bias), mlp, norm
 
     x_BxTxD = self._embed(images_BxHxWxC)
     for i, rate in enumerate(dropout.path_rates(self.drop_path_rate, self.num_blocks)):
       x_BxTxD = block(*parts, rate, name=f"block{i}")(x_BxTxD)
-    x_BxF = self._pool(x_BxTxD, parts).astype(self.dtype)
+    x_BxF = self._pool(x_BxTxD, (attention, mlp, norm)).astype(self.dtype)
     x_BxF = dropout.Dropout(self.head_dropout_rate)(x_BxF)
     activation = jnp.tanh if self.head_activation == "tanh" else gelu
-    mlp = MLP(self.head_units, self.head_dropout_rate, self.dtype, activation, name="head_mlp")
-    return layers.head(mlp(x_BxF), self.num_classes, self.head_init)
+    head = MLP(self.head_units, self.head_dropout_rate, self.dtype, activation, name="head_mlp")
+    return layers.head(head(x_BxF), self.num_classes, self.head_init)
 
   @property
   def num_class_tokens(self) -> int:
-    return int(self.class_token or self.pool == "cls")
+    return int(self.class_token or self.pool in ("cls", "cls_norm"))
 
   def _embed(self, images_BxHxWxC: Array) -> Array:
     """Tokens of the patches, after the class token if there is one, with their positions."""
@@ -165,18 +164,19 @@ class ViT(nn.Module):
   def _pool(self, x_BxTxD: Array, parts: tuple[Part, Part, Part]) -> Array:
     """What the head reads: [B, T * D] for "flatten", else [B, D]."""
     norm: Callable[[Array], Array] = parts[-1](name="norm")
-    patches = slice(self.num_class_tokens, None)
-    if self.pool == "mean_norm":
-      return norm(x_BxTxD[:, patches].mean(axis=1, dtype=jnp.float32))
-    x_BxTxD = norm(x_BxTxD)
+    norm_is_last = self.pool.endswith("_norm")
+    x_BxTxD = x_BxTxD if norm_is_last else norm(x_BxTxD)
+    patches_BxTxD = x_BxTxD[:, self.num_class_tokens :]
     match self.pool:
-      case "cls":
-        return x_BxTxD[:, 0]
-      case "mean":
-        return x_BxTxD[:, patches].mean(axis=1, dtype=jnp.float32)
+      case "cls" | "cls_norm":
+        x_BxD = x_BxTxD[:, 0]
+      case "mean" | "mean_norm":
+        x_BxD = patches_BxTxD.mean(axis=1, dtype=jnp.float32)
       case "map":
-        return AttentionPool(*parts, name="pool")(x_BxTxD[:, patches])
-    return x_BxTxD.reshape(x_BxTxD.shape[0], -1)
+        return AttentionPool(*parts, name="pool")(patches_BxTxD)
+      case _:
+        return x_BxTxD.reshape(x_BxTxD.shape[0], -1)
+    return norm(x_BxD) if norm_is_last else x_BxD
 
 
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
@@ -191,7 +191,7 @@ def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
   if width % 4 or width < 8:
     raise ValueError(f"sincos2d needs a width of 8, 12, 16, ..., not {width}")
   frequencies = 10_000.0 ** -np.linspace(0, 1, width // 4)
-  rows, columns = np.divmod(np.arange(math.prod(grid)), grid[1])
+  rows, columns = np.indices(grid).reshape(2, -1)
   angles = np.outer(columns, frequencies), np.outer(rows, frequencies)
   waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
   return np.concatenate(waves, axis=1).astype(np.float32)

@@ -162,7 +162,7 @@ def test_attention_weights_are_returned_only_where_they_are_asked_for(head_dim, 
   (softmax_BxNxTxS,) = state["intermediates"]["weights"]
   assert softmax_BxNxTxS.shape == (2, 3, 5, 5) and softmax_BxNxTxS.dtype == jnp.float32
   np.testing.assert_allclose(softmax_BxNxTxS.sum(-1), 1, atol=1e-5)  # before dropout
-  monkeypatch.delattr(attention, "_softmax")
+  monkeypatch.delattr(attention, "softmax")
   np.testing.assert_array_equal(out, layer.apply(weights, x, rngs=rngs))
   # Weights times values, and out of the heads, are what the layer returns in evaluation.
   value, out = (weights["params"][name] for name in ("value", "out"))

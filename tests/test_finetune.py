@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import GOLDEN
 from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -26,6 +28,7 @@ from train.run.checkpoint import Checkpoints, load_trained_model
 from train.run.workdir import read_config, read_dataset
 from train.state import abstract_state, make_init
 
+PERCEIVER = "transformers_perceiver_conv"
 SIZES = dict(image_size=16, patch_size=8, width=16, num_blocks=2)
 PREPARED = mlp_models.Preprocessing(16, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 0.875)
 
@@ -221,6 +224,49 @@ def test_recipe_needs_weights_and_leaves_the_sizes_to_them(name):
   assert (config.optimizer.layer_decay, config.optimizer.weight_decay) == (0.75, 0.0)
   given = {key for key, value in config.model.items() if value is not None}
   assert {key for key in given if not key.endswith("_rate")} == {"name"}
+
+
+@pytest.mark.parametrize("name", mlp_models.MODELS)
+def test_recipe_without_weights_is_one_line_that_says_what_they_are(name):
+  config = importlib.import_module(f"configs.{name}").get_config("finetune")
+  knobs.override(config, ["--config.init="])
+  with pytest.raises(
+    ConfigError, match="config.init = '': this config needs weights: a .safetensors or"
+  ):
+    check.check_config(config)
+
+
+@pytest.mark.parametrize(
+  "case", ["timm_vit_map", "timm_mixer", "timm_gmlp", "transformers_fnet", PERCEIVER]
+)
+def test_recipe_has_a_flag_for_each_field_that_a_bare_file_leaves_open(case, tmp_path):
+  shutil.copy(GOLDEN / "peers" / case / "model.safetensors", tmp_path / "bare.safetensors")
+  found = describe(tmp_path / "bare.safetensors")
+  config = importlib.import_module(f"configs.{found.name}").get_config("finetune")
+  knobs.override(config, [f"--config.model.{x}={found.fields[x]}" for x in found.assumed])
+  assert found.assumed and all(config.model[x] == found.fields[x] for x in found.assumed)
+
+
+def test_weights_decide_the_variant_and_the_recipe_keeps_its_rates(tmp_path):
+  model = mlp_models.create("vit", "Ti/16", dropout_rate=0.1, num_classes=2, image_size=32)
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+  mlp_models.save(tmp_path / "w.safetensors", model, params)
+
+  def resolve(*flags):
+    config = importlib.import_module("configs.vit").get_config("finetune")
+    knobs.override(config, [f"--config.init={tmp_path / 'w.safetensors'}", *flags])
+    check.check_config(config)
+    return pretrained.resolve(config).model
+
+  resolved = resolve("--config.model.variant=Ti/16")
+  assert (resolved.width, resolved.image_size, resolved.dropout_rate) == (192, 32, 0)
+  assert resolved == resolve()
+  with pytest.raises(ConfigError, match="variant = 'S/16': the weights .* are of Ti/16: leave it"):
+    resolve("--config.model.variant=S/16")
+  with pytest.raises(ConfigError, match="vit has no variant 'Ti/17'; did you mean 'Ti/16'"):
+    resolve("--config.model.variant=Ti/17")
 
 
 def test_variant_gives_the_sizes_that_the_config_leaves_out(smoke_config):

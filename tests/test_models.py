@@ -33,7 +33,8 @@ def small(name, **overrides):
 
 @functools.cache
 def images():
-  return jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+  with jax.ensure_compile_time_eval():  # else the cache keeps a tracer, if `jit` calls first
+    return jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
 
 
 @functools.cache

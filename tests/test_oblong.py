@@ -4,7 +4,9 @@ tests/test_peers.py has the logits and gradients of timm's ViT for such images.
 """
 
 import functools
+import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from mlp_models.flops import count_flops
 from mlp_models.perceiver_tokens import fourier_features
 from mlp_models.pretrained import describe
 
+ORIGIN = GOLDEN / "peers" / "timm_vit_oblong"
 SMALL = {"patch_size": 4, "width": 16, "num_blocks": 1, "num_classes": 5}
 SIZES = {
   "mixer": SMALL,
@@ -109,20 +112,28 @@ def test_perceiver_io_takes_them_with_each_kind_of_tokens(preprocessing, tokens)
     assert variables["params"]["position"]["embedding"].shape == (60, 6)
 
 
+@pytest.mark.parametrize("has_row", [True, False])  # of the class token's position
 @pytest.mark.parametrize("layout", ["ours", "timm"])
-def test_weights_go_out_and_come_back(layout, tmp_path):
-  folder = GOLDEN / "peers" / "timm_vit_oblong"
-  model, params, preprocessing = mlp_models.load(folder, say=lambda line: None)
+def test_weights_go_out_and_come_back(layout, has_row, tmp_path):
+  arrays = safetensors.numpy.load_file(ORIGIN / "model.safetensors")
+  arrays["pos_embed"] = np.ascontiguousarray(arrays["pos_embed"][:, 0 if has_row else 1 :])
+  (tmp_path / "theirs").mkdir()
+  safetensors.numpy.save_file(arrays, tmp_path / "theirs" / "model.safetensors")
+  shutil.copy(ORIGIN / "config.json", tmp_path / "theirs")
+  model, params, preprocessing = mlp_models.load(tmp_path / "theirs", say=lambda line: None)
   assert model.image_size == preprocessing.image_size == (16, 24)
-  assert str(describe(folder)).endswith("for 16 x 24 pixels")
+  assert params["position"]["embedding"][0].any() == has_row
+  assert str(describe(tmp_path / "theirs")).endswith("for 16 x 24 pixels")
   file = tmp_path / "model.safetensors"
   mlp_models.save(file, model, params, (), preprocessing, layout)
   if layout == "timm":
     written = safetensors.numpy.load_file(file)
-    for name, array in safetensors.numpy.load_file(folder / "model.safetensors").items():
+    for name, array in arrays.items():
       np.testing.assert_array_equal(written[name], array, err_msg=name)
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    file = tmp_path
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_args"]["img_size"] == [16, 24]
+    assert config["model_args"]["no_embed_class"] != has_row
+    assert config["pretrained_cfg"]["input_size"] == [3, 16, 24]
   again, same, prepared = mlp_models.load(file, say=lambda line: None)
   assert (again, prepared) == (model, preprocessing)
   jax.tree.map(np.testing.assert_array_equal, same, params)

@@ -132,9 +132,11 @@ def test_command_prints_both_accuracies(finished_run, monkeypatch, capsys):
 def test_weights_without_a_run_are_judged_as_those_of_their_run(
   finished_run, monkeypatch, capsys, shapes100
 ):
-  known = (f"--config.data.data_dir={shapes100}", "--config.data.name=shapes100")
-  config = ("--config", "configs/mixer.py:finetune", f"--config.init={finished_run}", *known)
-  arguments = (*config, "--config.data.max_images=512", "--probe", "--split=validation")
+  known = {"data_dir": shapes100, "name": "shapes100", "max_images": 512}
+  known |= {"validation_split": "train[3500:]"}  # as the run has it
+  flags = [f"--config.data.{key}={value}" for key, value in known.items()]
+  config = ("--config", "configs/mixer.py:finetune", f"--config.init={finished_run}", *flags)
+  arguments = (*config, "--probe", "--split=validation")
   status, out, error = run(evaluate, monkeypatch, capsys, *arguments)
   assert status == 0, error
   assert "head left out: the model returns features" in error

@@ -15,7 +15,7 @@ from train.data.framing import INTERPOLATIONS, MODES
 from train.devices.machine import memory_limit
 from train.devices.mesh import FSDP
 from train.errors import ConfigError, printable, shown
-from train.knobs import check_knobs
+from train.knobs import check_knobs, is_for_weights
 from train.optimizer import BEST, split_frozen
 from train.schedule import NAMES as SCHEDULES
 from train.update_rules import RULES
@@ -78,6 +78,10 @@ def check_config(config: ConfigDict) -> None:
   require(named, "freeze", "names of parameters, such as patch_embed,block0, or backbone")
   require(config.best_metric in BEST, "best_metric", " or ".join(BEST))
   require(config.nonfinite in ("stop", "skip"), "nonfinite", "stop or skip")
+  need = (
+    "this config needs weights: a .safetensors or .npz file, a folder, a workdir or hf://ORG/NAME"
+  )
+  require(bool(config.init) or not is_for_weights(config), "init", need)
   if not config.init:  # else the weights give the rest of the model
     check_model(config)
 

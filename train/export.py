@@ -1,9 +1,10 @@
 """Writes the best weights of a run to a file.
 
-    python -m train.export --workdir DIR --output FILE.safetensors [--layout timm]
+    python -m train.export --workdir DIR --output FILE.safetensors
+    python -m train.export --workdir DIR --output FOLDER --layout timm
 
 `mlp_models.load` reads them, with the names of the classes and how images are prepared. In timm's
-layout, timm's own model of the same family and sizes reads them.
+layout, timm does as well: a config.json beside the weights says what its model must be.
 """
 
 import math
@@ -28,7 +29,7 @@ def main() -> None:
   signal N."""
   parser = flags.Parser(prog="python -m train.export")
   parser.add_argument("--workdir", type=from_flag, required=True, help="workdir of the run")
-  parser.add_argument("--output", type=flags.path, required=True, help="file to write")
+  parser.add_argument("--output", type=flags.path, required=True, help="file, or timm's folder")
   parser.add_argument("--layout", default="ours", choices=LAYOUTS, help="whose names arrays have")
   arguments = parser.parse_args()
   flags.quiet_libraries()

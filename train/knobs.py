@@ -91,7 +91,8 @@ def override(config: ConfigDict, flags: Sequence[str]) -> None:
   """Applies flags --config.KEY=VALUE, also with a space instead of "="; of two, the last counts.
 
   With `--config.model.variant` the fields that the config file gives the model become None: they
-  are the variant's, unless other flags give them.
+  are the variant's, unless other flags give them. A file that leaves the sizes to weights gives
+  none of a variant's: its rates stay.
 
   Raises:
     ValueError: a flag or a key is unknown, or a value has the wrong type.
@@ -101,9 +102,10 @@ def override(config: ConfigDict, flags: Sequence[str]) -> None:
   is_variant = any(flag.partition("=")[0] == "--config.model.variant" for flag in flags)
   if is_variant and "model.name" in found:
     found["model.variant"] = Knob("", str, False)
-    own = {"name": config.model.name, "variant": ""}
+    fields = config.model.to_dict()
+    fields = fields if is_for_weights(config) else dict.fromkeys(fields)
     with config.ignore_type():
-      config.model = ConfigDict(dict.fromkeys(config.model) | own)
+      config.model = ConfigDict(fields | {"name": config.model.name, "variant": ""})
   while rest:
     flag, separator, text = rest.pop(0).partition("=")
     key = flag.removeprefix("--config.")
@@ -132,6 +134,12 @@ def override(config: ConfigDict, flags: Sequence[str]) -> None:
       raise ValueError(f"{flag}={printable(text)}: it must be {knob.need}") from None
     with holder.ignore_type():  # `_value` has checked it
       holder[name] = value
+
+
+def is_for_weights(config: ConfigDict) -> bool:
+  """Whether weights must say the model's sizes: the config gives neither them nor a variant."""
+  model = config.model
+  return "variant" not in model and "image_size" in model and model.image_size is None
 
 
 def require_all(config: ConfigDict) -> None:

@@ -33,12 +33,14 @@ def resolve(config: ConfigDict, folder: epath.Path | None = None) -> ConfigDict:
   Returns:
     A copy whose `model` has every field; the config itself without `init` and `model.variant`.
   Raises:
-    ConfigError: the weights can't be read, are of another family, or do not fit the config.
+    ConfigError: the weights can't be read, are of another family or variant, or do not fit the
+      config.
   """
   if not config.init and "variant" not in config.model:
     return config
   config = config.copy_and_resolve_references()
   given = {name: value for name, value in config.model.to_dict().items() if value is not None}
+  variant = given.pop("variant", None) if config.init else None
   begun = workdir.begun_config(folder) if folder else None
   if not config.init:
     fields, preparation = _all_fields(mlp_models.create(**given)), {}
@@ -46,6 +48,8 @@ def resolve(config: ConfigDict, folder: epath.Path | None = None) -> ConfigDict:
     fields, preparation = begun.model.to_dict(), begun.data.to_dict()
   else:
     fields, preparation = _said_by_weights(config.init, given)
+  if variant is not None:
+    _require_variant(variant, given, fields)
   with config.unlocked(), config.ignore_type():
     config.model = ConfigDict(fields | given)
     for key in _PREPARATION:
@@ -99,8 +103,8 @@ def begin(state: TrainState, params: dict[str, Any] | None) -> TrainState:
   def place(path, array: np.ndarray, own: jax.Array) -> jax.Array:
     if array.shape != own.shape:
       raise ConfigError(
-        f"config.init: {'/'.join(key.key for key in path)} has the shape {array.shape}, and for "
-        f"the images of this dataset it must be {own.shape}"
+        f"config.init: {'/'.join(key.key for key in path)} has the shape {list(array.shape)}, and "
+        f"for the images of this dataset it must be {list(own.shape)}"
       )
     array = array.astype(own.dtype)
     return jax.make_array_from_callback(array.shape, own.sharding, array.__getitem__)
@@ -136,6 +140,24 @@ def _said_by_weights(source: str, given: dict[str, Any]) -> tuple[dict[str, Any]
     "interpolation": preprocessing.interpolation,
     "crop": preprocessing.crop,
   }
+
+
+def _require_variant(variant: str, given: dict[str, Any], fields: dict[str, Any]) -> None:
+  """Raises ConfigError if weights are not of the variant that the config gives.
+
+  Args:
+    given, fields: of the model, by the config and by the weights.
+  """
+  try:
+    asked = mlp_models.create(variant=variant, **given)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f"config.model: {error}") from None
+  found = mlp_models.create(**fields)
+  if not registry.have_same_sizes(asked, found):
+    raise ConfigError(
+      f"config.model.variant = {shown(variant)}: the weights in config.init decide the "
+      f"variant, and are of {registry.variant_of(found) or 'none that has a name'}: leave it out"
+    )
 
 
 def _all_fields(model: nn.Module) -> dict[str, Any]:

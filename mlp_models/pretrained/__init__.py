@@ -4,32 +4,29 @@ A family's module beside this one has the tables of names for each project; `rul
 parts, `sources.py` reads files, and this one joins them.
 """
 
-import contextlib
 import dataclasses
-import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from mlp_models import layers, registry
 from mlp_models.pretrained import preprocessing as _preprocessing
+from mlp_models.pretrained.errors import WeightsError as WeightsError
 from mlp_models.pretrained.fit import Fit
-from mlp_models.pretrained.layouts import LAYOUTS, find_layout, listed, require_all_used
+from mlp_models.pretrained.layouts import find_layout, require_all_used
 from mlp_models.pretrained.preprocessing import Preprocessing as Preprocessing
-from mlp_models.pretrained.rules import Rule, apply, invert
+from mlp_models.pretrained.rules import Fields, Rule, apply
+from mlp_models.pretrained.saving import save as save
 from mlp_models.pretrained.sources import Source, open_source
-from mlp_models.pretrained.sources import WeightsError as WeightsError
 
 Params = dict[str, Any]
 
-_ARGUMENTS = {"gelu": "act_layer", "norm_epsilon": "norm_layer"}  # timm's, by our fields
+_OTHERS = {"gelu": "tanh", "pool": "mean"}  # examples of other values, where they are words
 
 
 class Found(NamedTuple):
@@ -40,7 +37,8 @@ class Found(NamedTuple):
   class_names: () if they are unknown.
   project: whose names the arrays have: "mlp_models", "timm", "transformers" or "npz".
   lacks: prefixes of parameters that such weights lack, besides the head's.
-  notes: lines that say what was assumed.
+  assumed: names of fields that neither the arrays nor a config tell.
+  notes: lines on what the config says.
   """
 
   name: str
@@ -49,6 +47,7 @@ class Found(NamedTuple):
   preprocessing: Preprocessing
   project: str
   lacks: tuple[str, ...] = ()
+  assumed: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
 
   def __str__(self) -> str:
@@ -66,7 +65,7 @@ def describe(source: str | os.PathLike[str]) -> Found:
   Raises:
     WeightsError: as for `load`.
   """
-  return _describe(open_source(source))[0]
+  return _describe(open_source(source), {})[0]
 
 
 def load(
@@ -103,10 +102,12 @@ def load(
     ValueError: an override is no field of the model, or out of range.
   """
   opened = open_source(source)
-  found, rules = _describe(opened)
+  found, rules = _describe(opened, overrides)
   say(f"{opened.said}: {found}, in the names of {found.project}")
-  for note in found.notes:
+  for note in (*found.notes, *_assumptions(found, overrides)):
     say(note)
+  if isinstance(class_names, str):
+    raise WeightsError(f"class_names is {class_names!r}, it must be a list of names")
   names = tuple(class_names or ())
   if len(set(names)) < len(names):
     raise WeightsError("class_names holds a name twice")
@@ -123,60 +124,7 @@ def load(
   return model, params, dataclasses.replace(found.preprocessing, image_size=size)
 
 
-def save(
-  file: str | os.PathLike[str],
-  model: nn.Module,
-  params: Mapping[str, Any],
-  class_names: Sequence[str] = (),
-  preprocessing: Preprocessing | None = None,
-  layout: str = "ours",
-  say: Callable[[str], object] = print,
-) -> None:
-  """Writes weights as safetensors; an existing file is replaced once the new one is whole.
-
-  Args:
-    file: its name ends in .safetensors.
-    params: of the model, nested dicts of arrays.
-    class_names: in order; () if they are unknown.
-    layout: "ours", from which `load` knows all that is given here, or "timm": the names of timm's
-      model of the same family and sizes.
-    say: called with a line on what timm's model must be told, if its defaults differ.
-  Raises:
-    WeightsError: there is no such layout, or timm has no such model.
-  """
-  path = Path(file)
-  if path.suffix != ".safetensors":
-    raise WeightsError(f"{path}: the name of a file of weights ends in .safetensors")
-  flat = {key: np.asarray(x) for key, x in flatten_dict(params, sep="/").items()}
-  name, fields = registry.describe(model)
-  metadata = {"format": "pt"}
-  if layout == "timm":
-    flat = _in_timms_names(name, fields, flat, say)
-  elif layout == "ours":
-    own = {
-      "fields": {"name": name} | fields,
-      "class_names": list(class_names),
-      "preprocessing": dataclasses.asdict(preprocessing) if preprocessing else None,
-    }
-    metadata = {"mlp_models": json.dumps(own)}
-  else:
-    raise WeightsError(f"unknown layout {layout!r}, known are 'ours' and 'timm'")
-  content = safetensors.numpy.save(
-    {key: np.ascontiguousarray(x, np.float32) for key, x in flat.items()}, metadata
-  )
-  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as new:
-    try:
-      new.write(content)
-      new.close()
-      os.chmod(new.name, 0o666 & ~_umask())
-      os.replace(new.name, path)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        os.unlink(new.name)
-      raise
-
-
-def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
+def _describe(opened: Source, overrides: Mapping[str, Any]) -> tuple[Found, dict[str, Rule] | None]:
   """What the arrays are, and the rule for each of them by its full name; None if they are ours."""
   if opened.own is not None:
     return _describe_own(opened.own, opened.said), None
@@ -184,6 +132,7 @@ def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
   shapes = {name: opened.shapes[full[name]] for name in full}
   try:
     fields = layout.fields(shapes, opened.config)
+    _take_heads(fields, overrides)
     rules = layout.rules(fields, shapes)
     by_full_name = {
       full[rule.theirs]: rule._replace(beside=tuple(full[name] for name in rule.beside))
@@ -192,19 +141,52 @@ def _describe(opened: Source) -> tuple[Found, dict[str, Rule] | None]:
     }
     found = Found(
       name=layout.family,
-      fields={key: value for key, value in fields.items() if key != "notes"},
+      fields={key: value for key, value in fields.items() if key not in ("assumed", "notes")},
       class_names=_class_names(opened.config, fields["num_classes"]),
       preprocessing=_preprocessing.of(layout.project, opened.config, fields["image_size"]),
       project=layout.project,
       lacks=layout.lacks,
+      assumed=tuple(fields.get("assumed", ())),
       notes=tuple(fields.get("notes", ())),
     )
     registry.create(found.name, **found.fields)
-  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # also of configs
-    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+  except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    reason = "its arrays do not have the shapes of such a model"
+    if isinstance(error, KeyError):
+      reason = f"{error.args[0]} is missing"
+    elif isinstance(error, ValueError) and "unpack" not in str(error):
+      reason = str(error)
     raise WeightsError(f"{opened.said}, in the names of {layout.project}: {reason}") from None
   require_all_used(layout, rules, full, opened.said)
   return found, by_full_name
+
+
+def _take_heads(fields: Fields, overrides: Mapping[str, Any]) -> None:
+  """Cuts queries, keys and values into as many heads as are asked for, if nothing tells it."""
+  heads, assumed = overrides.get("num_heads"), fields.get("assumed", ())
+  if not heads or heads == fields["num_heads"] or "num_heads" not in assumed:
+    return
+  if fields["width"] % heads:
+    raise ValueError(f"{heads} heads do not divide the width {fields['width']}")
+  fields |= {"num_heads": heads, "assumed": [name for name in assumed if name != "num_heads"]}
+  if "head_dim" in fields:
+    fields["head_dim"] = fields["width"] // heads
+
+
+def _assumptions(found: Found, overrides: Mapping[str, Any]) -> list[str]:
+  """What to say of fields that nothing tells; not of those that the caller has decided."""
+  fields = {name: found.fields[name] for name in found.assumed}
+  fields = {name: x for name, x in fields.items() if overrides.get(name, x) == x}
+  if not fields:
+    return []
+  values = ", ".join(f"{name} {value}" for name, value in fields.items())
+  name = list(fields)[-1]
+  other = _OTHERS.get(name, "N")
+  shown = repr(other) if name in _OTHERS else other
+  return [
+    f"assumed, as nothing beside the weights tells: {values}. Fields say otherwise, such as "
+    f"load(..., {name}={shown}) or --config.model.{name}={other}"
+  ]
 
 
 def _describe_own(own: Mapping[str, Any], said: str) -> Found:
@@ -214,62 +196,35 @@ def _describe_own(own: Mapping[str, Any], said: str) -> Found:
     preprocessing = Preprocessing.from_dict(given or {"image_size": fields["image_size"]})
     registry.create(name, **fields)
     return Found(name, fields, tuple(own["class_names"]), preprocessing, "mlp_models")
-  except (KeyError, TypeError, ValueError) as error:
-    raise WeightsError(f"{said} is damaged, or of a later version: {error}") from None
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    is_clear = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+    reason = str(error) if is_clear else "its description lacks something"
+    raise WeightsError(f"{said} is damaged, or of a later version: {reason}") from None
 
 
 def _read(opened: Source, rules: Mapping[str, Rule] | None) -> dict[str, np.ndarray]:
   """The arrays by our paths, float32."""
 
   def read(name: str) -> np.ndarray:
-    return np.asarray(opened.read(name)).astype(np.float32)
+    x = np.asarray(opened.read(name))
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise WeightsError(f"{opened.said}: {name} holds {x.dtype}, and weights are floats")
+    return x.astype(np.float32)
 
   if rules is None:
     return {name: read(name) for name in opened.shapes}
   try:
     return apply(rules, read)
+  except WeightsError:
+    raise
   except ValueError as error:
     raise WeightsError(f"{opened.said}: {error}") from None
 
 
 def _class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
   """Names of a head's classes as config.json has them; () if it has none, or placeholders."""
-  names = config.get("label_names") or ()
-  if by_number := config.get("id2label"):
-    names = [name for _, name in sorted((int(n), str(name)) for n, name in by_number.items())]
+  names = config.get("id2label") or config.get("label_names") or ()
+  if isinstance(names, dict):  # by number
+    names = [name for _, name in sorted((int(n), name) for n, name in names.items())]
   placeholders = [f"LABEL_{n}" for n in range(len(names))]
   return tuple(names) if len(names) == num_classes and list(names) != placeholders else ()
-
-
-def _in_timms_names(
-  name: str, fields: Mapping[str, Any], flat: dict[str, np.ndarray], say: Callable[[str], object]
-) -> dict[str, np.ndarray]:
-  """Our arrays in timm's names. Raises WeightsError if timm has no such model."""
-  layout = next((x for x in LAYOUTS if (x.project, x.family) == ("timm", name)), None)
-  if layout is None:
-    raise WeightsError(f"timm has no {name}: only layout 'ours' is written")
-  rules = layout.rules(dict(fields), {})
-  if odd := sorted(flat.keys() ^ {path for rule in rules for path in rule.ours}):
-    raise WeightsError(f"timm has no such {name}: {listed(odd)} differ")
-  arrays = invert(rules, flat)
-  # Read back, with what no shape tells, to see whether timm's model is this one.
-  image_size = {"model_args": {"img_size": layers.grid(fields["image_size"])}}
-  theirs = layout.fields({key: x.shape for key, x in arrays.items()}, image_size)
-  told = []
-  for field in sorted(theirs.keys() & fields.keys() - {"num_heads", "head_dim", "variant"}):
-    if field.endswith(("_rate", "_init")) or theirs[field] == fields[field]:
-      continue
-    if field not in _ARGUMENTS:
-      raise WeightsError(
-        f"timm's {name} has {field} {theirs[field]!r}, and this model {fields[field]!r}"
-      )
-    told.append(f"{_ARGUMENTS[field]} for {field} {fields[field]!r}")
-  if told:
-    say(f"timm's {name} is this model if it is made with {' and '.join(told)}")
-  return arrays
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask

@@ -1,6 +1,5 @@
 """Fits arrays to a model: another image size, other classes, and what the weights lack."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +9,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mlp_models import layers
+from mlp_models.pretrained.errors import WeightsError, shape_words
 from mlp_models.pretrained.layouts import listed
 from mlp_models.pretrained.positions import resample
-from mlp_models.pretrained.sources import WeightsError
 
 Arrays = dict[str, np.ndarray]  # by path
 _HEAD = "head/"
 _POSITION = "position/embedding"
+_FREE = ("num_classes", "image_size", "variant", "gelu", "_rate", "_init", "_epsilon")  # of fields
 _OVER_TOKENS = ("token_mlp/", "spatial/")  # layers whose sizes are numbers of tokens
 
 
@@ -78,13 +78,19 @@ class Fit:
     path = next((path for path in self._shapes if path.endswith(_POSITION)), None)
     if path is None or path not in self.arrays:
       return
+    has_class_token, needs_one = ("class_token" in x for x in (self.arrays, self._shapes))
+    if has_class_token and not needs_one:
+      raise WeightsError(
+        f"{self._said} has a class token, and the model has none: class_token=True keeps it"
+      )
+    if needs_one and not has_class_token:
+      raise WeightsError(f"{self._said} has no class token{self._way_out()}")
     old = layers.grid(self._fields["image_size"], self._fields.get("patch_size", 1))
     new = layers.grid(self._model.image_size, getattr(self._model, "patch_size", 1))
-    class_tokens = self._shapes[path][0] - math.prod(new)
     if self.arrays[path].shape[1] != self._shapes[path][1] or old == new:
       return
     try:
-      self.arrays[path] = resample(self.arrays[path], old, new, class_tokens)
+      self.arrays[path] = resample(self.arrays[path], old, new, class_tokens=int(needs_one))
     except ValueError as error:
       raise WeightsError(f"{self._said}: {error}") from None
     self._say(
@@ -104,9 +110,11 @@ class Fit:
     allowed = (*may_be_new, *(() if has_head else (_HEAD,)))
     missing = [path for path in self._shapes if path not in self.arrays]
     if lost := [path for path in missing if not path.startswith(allowed)]:
-      raise WeightsError(f"{self._said} lacks {listed(lost)}")
+      raise WeightsError(f"{self._said} lacks {listed(lost)}{self._way_out()}")
     if extra := [path for path in self.arrays if path not in self._shapes]:
-      raise WeightsError(f"{self._said} has {listed(extra)}, which the model lacks")
+      raise WeightsError(
+        f"{self._said} has {listed(extra)}, which the model lacks{self._way_out()}"
+      )
     wrong = [path for path, x in self.arrays.items() if x.shape != self._shapes[path]]
     if wrong:
       raise WeightsError(self._mismatch(wrong))
@@ -125,14 +133,24 @@ class Fit:
     return flat
 
   def _mismatch(self, wrong: Sequence[str]) -> str:
-    lines = [f"{path} {self.arrays[path].shape}, the model {self._shapes[path]}" for path in wrong]
+    lines = [
+      f"{path} {shape_words(self.arrays[path].shape)}, the model {shape_words(self._shapes[path])}"
+      for path in wrong
+    ]
     text = f"{self._said} has {'; '.join(lines[:3])}"
     if len(lines) > 3:
       text += f"; and {len(lines) - 3} more of other shapes"
     if any(part in path for path in wrong for part in _OVER_TOKENS):
       text += ". Weights over tokens fit one number of patches only: "
-      text += "image_size {image_size} with patch_size {patch_size}".format(**self._fields)
-    return text
+      return text + "image_size {image_size} with patch_size {patch_size}".format(**self._fields)
+    return text + self._way_out()
+
+  def _way_out(self) -> str:
+    """Where the model was asked to differ from the weights' own, in the words of its fields."""
+    fields = [name for name in self._fields if not name.endswith(_FREE) and name not in _FREE]
+    asked = [x for x in fields if getattr(self._model, x, self._fields[x]) != self._fields[x]]
+    own = ", ".join(f"{name}={self._fields[name]!r}" for name in asked)
+    return f". It fits {own}" if own else ""
 
 
 def _image_shape(

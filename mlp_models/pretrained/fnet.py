@@ -19,6 +19,7 @@ def _fields(shapes: Shapes, config: Config) -> Fields:
     "gelu": rules.transformers_gelu(config, "gelu_new"),
     "norm_epsilon": config.get("layer_norm_eps", 1e-12),
     "num_classes": 0,
+    "assumed": [] if "hidden_act" in config else ["gelu"],
   }
 
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable
 
 from mlp_models.pretrained import fnet, gmlp, mixer, perceiver, vit, vit_npz
+from mlp_models.pretrained.errors import WeightsError
 from mlp_models.pretrained.rules import Layout, Rule
-from mlp_models.pretrained.sources import Source, WeightsError
+from mlp_models.pretrained.sources import Source
 
 LAYOUTS: tuple[Layout, ...] = (
   *mixer.LAYOUTS,
@@ -30,7 +31,10 @@ def find_layout(source: Source) -> tuple[Layout, dict[str, str]]:
       return layout, full
   if not source.shapes:
     raise WeightsError(f"{source.said} holds no array")
-  known = ", ".join(sorted({f"{layout.project}'s {layout.family}" for layout in LAYOUTS}))
+  families: dict[str, list[str]] = {}
+  for layout in LAYOUTS:
+    families.setdefault(layout.project, []).append(layout.family)
+  known = ", ".join(f"{project} ({', '.join(of)})" for project, of in families.items())
   raise WeightsError(
     f"{source.said}: no known model has arrays named {listed(source.shapes)}; known are {known}"
   )

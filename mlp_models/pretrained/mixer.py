@@ -1,9 +1,15 @@
 """Layouts of MLP-Mixer's weights: timm's `mixer_*`, and the authors' npz files."""
 
-from mlp_models.pretrained import rules
+from mlp_models.pretrained import rules, timm
 from mlp_models.pretrained.rules import Config, Fields, Layout, Rule, Shapes
 
-_PAPER: Fields = {"shared_norm": False, "head_norm": True, "norm_epsilon": 1e-6}
+_PAPER: Fields = {
+  "shared_norm": False,
+  "head_norm": True,
+  "norm_epsilon": 1e-6,
+  "head_init": "zeros",
+  "dropout_rate": 0.0,
+}
 
 
 def _timm_fields(shapes: Shapes, config: Config) -> Fields:
@@ -13,15 +19,18 @@ def _timm_fields(shapes: Shapes, config: Config) -> Fields:
   width, _, patch_size, _ = shapes["stem.proj.weight"]
   return _PAPER | {
     "image_size": rules.image_size(
-      num_tokens, "blocks.0.mlp_tokens", patch_size, rules.timm_image_shape(config)
+      num_tokens, "blocks.0.mlp_tokens", patch_size, timm.image_shape(config)
     ),
     "patch_size": patch_size,
     "width": width,
     "num_blocks": rules.count(shapes, "blocks.{}."),
     "token_units": token_units,
     "channel_units": shapes["blocks.0.mlp_channels.fc1.weight"][0],
-    "gelu": "exact",
+    "gelu": timm.gelu(config),
+    "norm_epsilon": timm.norm_epsilon(config),
     "num_classes": shapes.get("head.weight", (0,))[0],
+    "assumed": [] if timm.tells_gelu(config) else ["gelu"],
+    "notes": timm.global_pool(config)[1],
   }
 
 
@@ -36,6 +45,20 @@ def _timm_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
       table += rules.linear(f"{theirs}.{their_mlp}.fc2", f"{ours}/{our_mlp}/out")
   table += rules.norm("norm", "norm")
   return table + (rules.linear("head", "head") if fields["num_classes"] else [])
+
+
+_TIMM_SIZES = {(8, 512): "s", (12, 768): "b", (24, 1024): "l"}  # by blocks and width
+
+
+def _timm_model(fields: Fields, shapes: Shapes) -> timm.Model:
+  args = timm.mlp_mixer(fields, shapes)
+  units, width = (fields["token_units"], fields["channel_units"]), fields["width"]
+  args["mlp_ratio"] = [timm.mlp_ratio(number, width) for number in units]
+  size = _TIMM_SIZES.get((fields["num_blocks"], width))
+  if size and fields["patch_size"] in (16, 32):
+    fixed = ("patch_size", "num_blocks", "embed_dim", "num_classes")
+    return timm.Model(f"mixer_{size}{fields['patch_size']}_224", timm.without(args, fixed))
+  return timm.Model("", args, "timm.models.mlp_mixer.MlpMixer(**model_args)")
 
 
 def _npz_fields(shapes: Shapes, config: Config) -> Fields:
@@ -82,6 +105,7 @@ LAYOUTS = (
     marks=("stem.proj.weight", "blocks.0.mlp_tokens.fc1.weight"),
     fields=_timm_fields,
     rules=_timm_rules,
+    model=_timm_model,
   ),
   # google-research/vision_transformer and big_vision; Flax's gelu is the tanh kind.
   Layout(

@@ -30,36 +30,38 @@ _QUERY = f"{_DECODER}.output_position_encodings.position_embeddings"
 _HEAD = f"{_DECODER}.final_layer"
 
 _BATCH_NORM_EPSILON = 1e-5
-# What no shape tells, in the published models.
-_PUBLISHED = {"num_blocks": 8, "num_self_attention_heads": 8, "num_cross_attention_heads": 1}
+# What no shape tells: our field, and its value in the published models.
+_PUBLISHED = {
+  "num_blocks": ("num_iterations", 8),
+  "num_self_attention_heads": ("num_heads", 8),
+  "num_cross_attention_heads": ("num_cross_heads", 1),
+}
 
 
 def _fields(shapes: Shapes, config: Config) -> Fields:
-  missing = [key for key in _PUBLISHED if key not in config]
-  values = ", ".join(f"{key} {_PUBLISHED[key]}" for key in missing)
-  note = f"without a config.json: {values}, as in the published models"
   if not config.get("use_query_residual", True):
     raise ValueError("use_query_residual is False: the latents need their residual")
-  known = _PUBLISHED | {key: config[key] for key in _PUBLISHED if key in config}
+  told = {ours: config.get(key, usual) for key, (ours, usual) in _PUBLISHED.items()}
   num_latents, width = shapes[_LATENTS]
   block, cross = _BLOCK.format(0), f"{_CROSS}.attention.self"
   cross_qk_channels, token_width = shapes[f"{cross}.key.weight"]
-  return _preprocessing(shapes, config, token_width) | {
-    "notes": [note] if missing else [],
-    "num_latents": num_latents,
-    "width": width,
-    "num_iterations": known["num_blocks"],
-    "num_blocks": count(shapes, _BLOCK + "."),
-    "num_heads": known["num_self_attention_heads"],
-    "qk_channels": _unless(width, shapes[f"{block}.attention.self.query.weight"][0]),
-    "widening": shapes[f"{block}.mlp.dense1.weight"][0] // width,
-    "num_cross_heads": known["num_cross_attention_heads"],
-    "cross_qk_channels": _unless(token_width, cross_qk_channels),
-    "cross_v_channels": _unless(cross_qk_channels, shapes[f"{cross}.value.weight"][0]),
-    "cross_widening": shapes[f"{_CROSS}.mlp.dense1.weight"][0] // width,
-    "num_classes": shapes.get(f"{_HEAD}.weight", (0,))[0],
-    "gelu": transformers_gelu(config, "gelu"),
-  }
+  return (
+    _preprocessing(shapes, config, token_width)
+    | told
+    | {
+      "assumed": [ours for key, (ours, _) in _PUBLISHED.items() if key not in config],
+      "num_latents": num_latents,
+      "width": width,
+      "num_blocks": count(shapes, _BLOCK + "."),
+      "qk_channels": _unless(width, shapes[f"{block}.attention.self.query.weight"][0]),
+      "widening": shapes[f"{block}.mlp.dense1.weight"][0] // width,
+      "cross_qk_channels": _unless(token_width, cross_qk_channels),
+      "cross_v_channels": _unless(cross_qk_channels, shapes[f"{cross}.value.weight"][0]),
+      "cross_widening": shapes[f"{_CROSS}.mlp.dense1.weight"][0] // width,
+      "num_classes": shapes.get(f"{_HEAD}.weight", (0,))[0],
+      "gelu": transformers_gelu(config, "gelu"),
+    }
+  )
 
 
 def _unless(usual: int, channels: int) -> int | None:

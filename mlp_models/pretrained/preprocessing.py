@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mlp_models.layers import ImageSize
+from mlp_models.layers import ImageSize, grid
 
 _PILLOW = {2: "bilinear", 3: "bicubic"}  # transformers names filters by Pillow's numbers
 
@@ -62,8 +62,9 @@ def _of_transformers(config: Mapping[str, Any], image_size: ImageSize) -> Prepro
   size, crop = config.get("size"), 1.0
   shorter = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
   if config.get("do_center_crop") and shorter:
-    cut = config.get("crop_size") or image_size
-    cut = cut.get("height", image_size) if isinstance(cut, dict) else cut
+    side = min(grid(image_size))
+    cut = config.get("crop_size") or side
+    cut = cut.get("height", side) if isinstance(cut, dict) else cut
     crop = min(cut, shorter) / max(cut, shorter)  # Perceiver cuts first, and has the two swapped
   return Preprocessing(
     image_size,

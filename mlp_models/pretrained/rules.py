@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlp_models.layers import ImageSize, grid
+from mlp_models.pretrained.errors import shape_words
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a file's arrays, by their names
 Fields = dict[str, Any]  # of a model's class
@@ -44,9 +45,11 @@ class Layout(NamedTuple):
   """The names and shapes in which a project keeps the weights of a family.
 
   fields: (shapes, config) -> the fields of the model's class, image_size, patch_size and
-    num_classes (0 without a head) among them; also "notes", lines on what was assumed. A ValueError
-    says what can't be told.
-  rules: (fields, shapes) -> all arrays of such a file. For `save`, shapes are {}: the usual file.
+    num_classes (0 without a head) among them; also "assumed", names of fields that neither shapes
+    nor config tell, and "notes", lines on what the config says. A ValueError says what can't be
+    told.
+  rules: (fields, shapes) -> all arrays of such a file. For `save`, shapes are {}, the usual file,
+    or of what `unusual` says.
   """
 
   project: str  # "timm", "transformers" or "npz"
@@ -57,6 +60,8 @@ class Layout(NamedTuple):
   prefixes: tuple[str, ...] = ()  # that names may begin with, all or those outside of the head
   ignored: tuple[str, ...] = ()  # regular expressions of arrays that a classifier does not use
   lacks: tuple[str, ...] = ()  # prefixes of our parameters that such files lack, besides the head's
+  unusual: Callable[[Mapping[str, np.ndarray]], Shapes] = lambda params: {}  # of our parameters
+  model: Callable[[Fields, Shapes], Any] | None = None  # -> `timm.Model`, of timm's layouts
 
 
 def same(theirs: str, ours: str) -> Rule:
@@ -157,20 +162,19 @@ def count(shapes: Shapes, pattern: str) -> int:
   return number
 
 
-def timm_image_shape(config: Config) -> tuple[int, int] | None:
-  """(H, W) of the images that timm's config.json says; None if they are square, or not said."""
-  shape = (config.get("model_args") or {}).get("img_size")
-  if not shape:
-    found = {**config, **(config.get("pretrained_cfg") or {})}.get("input_size")
-    shape = found[1:] if found else None
-  return oblong(shape)
-
-
 def oblong(shape: Any) -> tuple[int, int] | None:
   """(height, width) that differ; None for anything else."""
   if isinstance(shape, list | tuple) and shape[0] != shape[1]:
     return shape[0], shape[1]
   return None
+
+
+def is_grid(num_tokens: int, patch_size: int, image_shape: tuple[int, int] | None) -> bool:
+  """Whether so many tokens are the patches of an image, without a class token: see `image_size`.
+
+  A square number plus 1 is never a square, so that no file is read in two ways.
+  """
+  return math.prod(_grid(num_tokens, patch_size, image_shape)) == num_tokens
 
 
 def image_size(
@@ -180,16 +184,20 @@ def image_size(
 
   Args:
     what: has the tokens, for the message.
-    image_shape: (H, W), if they are known to differ.
+    image_shape: (H, W) if they are known to differ; None: the image is a square.
   Raises:
     ValueError: the tokens are no square grid, or not that of image_shape.
   """
-  side = math.isqrt(num_tokens)
-  rows, columns = grid(image_shape, patch_size) if image_shape else (side, side)
+  rows, columns = _grid(num_tokens, patch_size, image_shape)
   if rows * columns != num_tokens:
     expected = f"are not {rows} x {columns}" if image_shape else "make no square grid"
     raise ValueError(f"{what} has {num_tokens} tokens, which {expected}")
-  return (rows * patch_size, columns * patch_size) if image_shape else side * patch_size
+  return (rows * patch_size, columns * patch_size) if image_shape else rows * patch_size
+
+
+def _grid(num_tokens: int, patch_size: int, image_shape: tuple[int, int] | None) -> tuple[int, int]:
+  side = math.isqrt(num_tokens)
+  return grid(image_shape, patch_size) if image_shape else (side, side)
 
 
 def apply(rules: Mapping[str, Rule], read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
@@ -206,8 +214,8 @@ def apply(rules: Mapping[str, Rule], read: Callable[[str], np.ndarray]) -> dict[
     x, *beside = (read(each) for each in (name, *rule.beside))
     try:
       params |= zip(rule.ours, rule.to_ours(x, *beside), strict=True)
-    except ValueError as error:
-      raise ValueError(f"{name} has the shape {x.shape}: {error}") from None
+    except ValueError:
+      raise ValueError(f"{name} is {shape_words(x.shape)}, which does not fit the others") from None
   return params
 
 

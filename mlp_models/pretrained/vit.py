@@ -5,14 +5,13 @@ ViTForImageClassification and ViTModel. Layer scale, registers, norms of queries
 like have arrays that no rule reads, so that such files are refused by the names of these arrays.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from mlp_models.layers import grid
+from mlp_models.pretrained import timm
 from mlp_models.pretrained.rules import (
   Config,
   Fields,
@@ -23,12 +22,12 @@ from mlp_models.pretrained.rules import (
   count,
   image_size,
   into_heads,
+  is_grid,
   linear,
   norm,
   oblong,
   out_of_heads,
   reshaped,
-  timm_image_shape,
   transformers_gelu,
 )
 
@@ -55,11 +54,9 @@ def vit_fields(
     raise ValueError(f"patches of {patch_size} x {patch_width} pixels are not square")
   if width % others["num_heads"]:
     raise ValueError(f"{others['num_heads']} heads do not divide the width {width}")
-  tokens = {"position": "learned", "class_token": has_class_token and others["pool"] != "cls"}
-  if image_shape:
-    are_patches = num_positions == math.prod(grid(image_shape, patch_size))
-  else:  # a grid's size and that size plus 1 are never both squares: no file is read in two ways
-    are_patches = math.isqrt(num_positions) ** 2 == num_positions
+  reads_class_token = others["pool"] in ("cls", "cls_norm")
+  tokens = {"position": "learned", "class_token": has_class_token and not reads_class_token}
+  are_patches = is_grid(num_positions, patch_size, image_shape)
   num_patches = num_positions - int(has_class_token and not are_patches)
   tokens["image_size"] = image_size(num_patches, "the position embedding", patch_size, image_shape)
   sizes: Fields = {"patch_size": patch_size, "width": width}
@@ -69,22 +66,24 @@ def vit_fields(
   return sizes | tokens | rates | rest | others
 
 
-def _num_heads(width: int, known: int | None) -> tuple[int, list[str]]:
-  """The number of heads, and what to say if it is not known but a convention."""
-  if known:
-    return known, []
-  heads = 16 if width > 1024 else max(1, width // 64)  # models wider than L have 16
-  return heads, [f"without a config: num_heads {heads}, as is usual for width {width}"]
+def _usual_heads(width: int) -> int:
+  """The number of heads where nothing tells it: models wider than L have 16."""
+  return 16 if width > 1024 else max(1, width // 64)
+
+
+def _are_patches(shapes: Shapes, position: str, fields: Fields) -> bool:
+  """Whether position embeddings are those of the patches alone; a usual file's are not."""
+  size = fields["patch_size"], oblong(fields["image_size"])
+  return position in shapes and is_grid(shapes[position][-2], *size)
 
 
 def token_rules(fields: Fields, shapes: Shapes, cls: str, position: str | None) -> list[Rule]:
   """The class token and the position embeddings, if there are such."""
   width, path, rules = fields["width"], "position/embedding", []
-  has_class_token = fields["class_token"] or fields["pool"] == "cls"
+  has_class_token = fields["class_token"] or fields["pool"] in ("cls", "cls_norm")
   if has_class_token:
     rules.append(reshaped(cls, "class_token", (1, 1, width), (width,)))
-  num_patches = math.prod(grid(fields["image_size"], fields["patch_size"]))
-  if position and has_class_token and shapes.get(position, (0, 0))[-2] == num_patches:
+  if position and has_class_token and _are_patches(shapes, position, fields):
     # The class token has no position: zeros in ours.
     zeros = np.zeros((1, width), np.float32)
     rules.append(
@@ -116,29 +115,31 @@ _TIMM_TANH = re.compile(
 def _timm_fields(shapes: Shapes, config: Config) -> Fields:
   width, _, *patch = shapes["patch_embed.proj.weight"]
   name = config.get("architecture", "")
-  args: Mapping[str, Any] = config.get("model_args") or {}
-  gelu = args.get("act_layer") or ("gelu_tanh" if _TIMM_TANH.fullmatch(name) else "gelu")
-  if gelu not in ("gelu", "gelu_tanh"):
-    raise ValueError(f"the activation {gelu!r} is not supported, only 'gelu' and 'gelu_tanh' are")
+  args = timm.args_of(config)
   if args.get("norm_layer", "layernorm") != "layernorm" or args.get("pool_include_prefix"):
     raise ValueError("norm_layer and pool_include_prefix are not supported")
   if more := [token for token in ("reg_token", "dist_token") if token in shapes]:
     raise ValueError(f"{more[0]} is not supported")
   known = [_TIMM_HEADS[word] for word in (name, *name.split("_")) if word in _TIMM_HEADS]
-  num_heads, notes = _num_heads(width, args.get("num_heads") or next(iter(known), None))
+  num_heads = args.get("num_heads") or next(iter(known), None)
+  global_pool, notes = timm.global_pool(config)
+  is_known = {"num_heads": num_heads, "pool": not notes, "gelu": timm.tells_gelu(config)}
+  assumed = [field for field, known in is_known.items() if not known]
   return vit_fields(
     patches=(width, *patch),
     num_positions=shapes["pos_embed"][-2],
-    image_shape=timm_image_shape(config),
+    image_shape=timm.image_shape(config),
     num_classes=shapes.get("head.weight", (0,))[0],
     num_blocks=count(shapes, "blocks.{}."),
-    num_heads=num_heads,
+    num_heads=num_heads or _usual_heads(width),
+    assumed=assumed,
     notes=notes,
     hidden=shapes["blocks.0.mlp.fc1.weight"][0],
-    pool=_timm_pool(shapes, args.get("global_pool") or config.get("global_pool")),
+    pool=_timm_pool(shapes, global_pool),
     has_class_token="cls_token" in shapes,
-    gelu="tanh" if gelu == "gelu_tanh" else "exact",
-    norm_epsilon=1e-6,
+    qkv_bias="blocks.0.attn.qkv.bias" in shapes,
+    gelu=timm.gelu(config, "tanh" if _TIMM_TANH.fullmatch(name) else "exact"),
+    norm_epsilon=timm.norm_epsilon(config),
   )
 
 
@@ -151,15 +152,15 @@ def _timm_pool(shapes: Shapes, global_pool: str | None) -> str:
     return "map"
   if global_pool is None:
     global_pool = "avg" if norm_is_last or "cls_token" not in shapes else "token"
-  pools = {"token": "cls", "avg": "mean_norm" if norm_is_last else "mean"}
+  pools = {"token": "cls", "avg": "mean"}
   if global_pool not in pools:
     raise ValueError(f"global_pool {global_pool!r} is not supported")
-  return pools[global_pool]
+  return pools[global_pool] + ("_norm" if norm_is_last else "")
 
 
 def _timm_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
   heads = fields["num_heads"]
-  norm_is_last = fields["pool"] == "mean_norm" or "fc_norm.weight" in shapes
+  norm_is_last = fields["pool"] in ("cls_norm", "mean_norm")
   rules = [
     *conv_patches("patch_embed.proj", "patch_embed", fields["patch_size"]),
     *token_rules(fields, shapes, "cls_token", "pos_embed"),
@@ -169,7 +170,7 @@ def _timm_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
     theirs, ours = f"blocks.{i}", f"block{i}"
     qkv = [f"{ours}/attention/{part}" for part in QKV]
     rules += norm(f"{theirs}.norm1", f"{ours}/norm1")
-    rules += into_heads(f"{theirs}.attn.qkv", qkv, heads)
+    rules += into_heads(f"{theirs}.attn.qkv", qkv, heads, fields["qkv_bias"])
     rules += out_of_heads(f"{theirs}.attn.proj", f"{ours}/attention/out", heads)
     rules += norm(f"{theirs}.norm2", f"{ours}/norm2")
     rules += _mlp(f"{theirs}.mlp.fc1", f"{theirs}.mlp.fc2", f"{ours}/mlp")
@@ -183,6 +184,39 @@ def _timm_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
   return rules + (linear("head", "head") if fields["num_classes"] else [])
 
 
+def _timm_unusual(params: Mapping[str, np.ndarray]) -> Shapes:
+  """Where the class token's position is zero, timm has none (`no_embed_class`)."""
+  position = params.get("position/embedding")
+  if position is None or "class_token" not in params or position[0].any():
+    return {}
+  return {"pos_embed": (1, len(position) - 1, position.shape[1])}
+
+
+def _timm_model(fields: Fields, shapes: Shapes) -> timm.Model:
+  """Each of timm's architectures takes any size: the one of our width, and what it is told."""
+  width, pool = fields["width"], fields["pool"]
+  if fields["num_heads"] * fields["head_dim"] != width:
+    raise ValueError(f"its heads have a width of {width} together")
+  size = {192: "tiny", 384: "small", 1024: "large"}.get(width, "base")
+  pools = {"cls": "token", "cls_norm": "token", "mean": "avg", "mean_norm": "avg", "map": "map"}
+  args = {
+    "img_size": fields["image_size"],
+    "patch_size": fields["patch_size"],
+    "in_chans": shapes["patch_embed.proj.weight"][1],
+    "embed_dim": width,
+    "depth": fields["num_blocks"],
+    "num_heads": fields["num_heads"],
+    "mlp_ratio": timm.mlp_ratio(fields["mlp_units"][0], width),
+    "qkv_bias": fields["qkv_bias"],
+    "class_token": "cls_token" in shapes,
+    "no_embed_class": "cls_token" in shapes and _are_patches(shapes, "pos_embed", fields),
+    "fc_norm": pool.endswith("_norm"),
+    "global_pool": pools[pool],
+    "act_layer": timm.act_layer(fields["gelu"]),
+  }
+  return timm.Model(f"vit_{size}_patch16_224", args, gelu_is_named=True)
+
+
 def _mlp(first: str, second: str, ours: str) -> list[Rule]:
   return linear(first, f"{ours}/dense0") + linear(second, f"{ours}/dense1")
 
@@ -193,18 +227,19 @@ def _mlp(first: str, second: str, ours: str) -> list[Rule]:
 def _transformers_fields(shapes: Shapes, config: Config) -> Fields:
   width, _, *patch = shapes["embeddings.patch_embeddings.projection.weight"]
   block, names = _transformers_names(shapes)
-  num_heads, notes = _num_heads(width, config.get("num_attention_heads"))
+  num_heads = config.get("num_attention_heads")
   return vit_fields(
     patches=(width, *patch),
     num_positions=shapes["embeddings.position_embeddings"][-2],
     image_shape=oblong(config.get("image_size")),
     num_classes=shapes.get("classifier.weight", (0,))[0],
     num_blocks=count(shapes, f"{block}."),
-    num_heads=num_heads,
-    notes=notes,
+    num_heads=num_heads or _usual_heads(width),
+    assumed=[] if num_heads else ["num_heads", "gelu"],
     hidden=shapes[f"{block.format(0)}.{names['dense0']}.weight"][0],
     pool="cls",
     has_class_token=True,
+    qkv_bias=f"{block.format(0)}.{names['query']}.bias" in shapes,
     gelu=transformers_gelu(config, "gelu"),
     norm_epsilon=config.get("layer_norm_eps", 1e-12),
   )
@@ -233,7 +268,8 @@ def _transformers_rules(fields: Fields, shapes: Shapes) -> list[Rule]:
     theirs, ours = block.format(i), f"block{i}"
     rules += norm(f"{theirs}.layernorm_before", f"{ours}/norm1")
     for part in QKV:
-      rules += into_heads(f"{theirs}.{names[part]}", [f"{ours}/attention/{part}"], heads)
+      ours_part = [f"{ours}/attention/{part}"]
+      rules += into_heads(f"{theirs}.{names[part]}", ours_part, heads, fields["qkv_bias"])
     rules += out_of_heads(f"{theirs}.{names['out']}", f"{ours}/attention/out", heads)
     rules += norm(f"{theirs}.layernorm_after", f"{ours}/norm2")
     rules += _mlp(f"{theirs}.{names['dense0']}", f"{theirs}.{names['dense1']}", f"{ours}/mlp")
@@ -247,6 +283,8 @@ LAYOUTS: tuple[Layout, ...] = (
     marks=("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"),
     fields=_timm_fields,
     rules=_timm_rules,
+    unusual=_timm_unusual,
+    model=_timm_model,
   ),
   Layout(
     project="transformers",
