@@ -141,7 +141,7 @@ def test_damaged_workdir_is_one_line(case, command, finished_run, tmp_path, monk
 
 
 FLAGS = {  # command and flags; status; what the message says
-  "no workdir": ("evaluate", [], 2, "the following arguments are required: --workdir"),
+  "no workdir": ("evaluate", [], 2, "one of the arguments --workdir --config is required"),
   "split": ("evaluate", ["--workdir=x", "--split=tset"], 2, "invalid choice: 'tset'"),
   "override": ("evaluate", ["--workdir=x", "--config.epochs=3"], 2, "--config.epochs=3"),
   "no images": ("predict", ["--workdir=x"], 2, "required: IMAGE"),
