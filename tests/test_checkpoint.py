@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from runs import numbers
 
 import mlp_models
+from runs import numbers
 from train import data
 from train.devices.mesh import by_example, make_mesh
 from train.errors import StorageError, WorkdirError
@@ -22,6 +22,7 @@ from train.run.checksum import checksum
 from train.state import abstract_state, make_init
 
 
+@pytest.mark.slow
 def test_a_save_begins_when_no_other_is_under_way(smoke_config, tmp_path, monkeypatch):
   config = smoke_config()
   mesh = make_mesh(data=1, devices=jax.devices()[:1])

@@ -46,11 +46,6 @@ def test_every_core_is_a_device_unless_the_user_says_otherwise():
     assert start_jax("jax.device_count()", **environment) == str(expected)
 
 
-def test_the_cpu_is_kept_beside_the_platforms_that_the_user_names():
-  for named, expected in (("cuda", "cuda,cpu"), ("cpu,cuda", "cpu,cuda"), ("", "None")):
-    assert start_jax("jax.config.jax_platforms or None", JAX_PLATFORMS=named) == expected
-
-
 @pytest.mark.parametrize(
   ("host", "quota", "expected"),
   [(64, "200000 100000", 2), (64, "max 100000", 8), (6, "max 100000", 4), (1, "50000 100000", 1)],

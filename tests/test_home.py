@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runs import COMMAND, REPOSITORY
 
+from runs import COMMAND, REPOSITORY
 from train.run import metrics
 
 SMALL = [
@@ -34,6 +34,7 @@ def train(folder: Path, shell: str, home: Path) -> str:
 
 
 @pytest.mark.needs(what="namespaces")
+@pytest.mark.slow
 def test_a_user_whom_the_system_does_not_know_trains(shapes100, tmp_path):
   (line,) = train(tmp_path / "run", f'{UNKNOWN} "$@"', tmp_path).splitlines()
   assert line.startswith("note: there is no home folder to keep compiled programs in;")

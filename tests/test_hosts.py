@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import COMMAND, REPOSITORY, free_port, numbers, saved_step, start
 from test_folder import make_folder
 
 from launch import local
+from runs import COMMAND, REPOSITORY, free_port, numbers, saved_step, start
 from train.run import metrics
 
 STEPS = 40  # per epoch
@@ -248,7 +248,9 @@ def test_a_process_that_is_alone_needs_no_port(variables):
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "cudaa"])
-@pytest.mark.parametrize("command", ["main", "bench", "evaluate"])
+@pytest.mark.parametrize(
+  "command", ["main", *(pytest.param(x, marks=pytest.mark.slow) for x in ("bench", "evaluate"))]
+)
 def test_devices_that_are_not_here_are_one_line(command, platforms, finished_run):
   flags = {"evaluate": ["--workdir", str(finished_run)]}.get(command, COMMAND[3:])
   process = subprocess.run(

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from needs import CIFAR100_DIR
 from PIL import Image
-from runs import CLOCK, COMMAND, REPOSITORY, numbers, saved_step, start
 
+from runs import CLOCK, COMMAND, REPOSITORY, numbers, saved_step, start
 from train import data
 from train.errors import TrainingFailed, WorkdirError
 from train.loop import train_and_evaluate
@@ -58,6 +58,7 @@ def test_workdir_of_another_config_is_refused_with_the_differences(smoke_config,
   assert str(error.value).count("\n") == 2
 
 
+@pytest.mark.slow
 def test_workdir_that_has_saved_nothing_takes_another_config(smoke_config, tmp_path):
   with pytest.raises(TrainingFailed):
     train_and_evaluate(smoke_config(optimizer__learning_rate=1e30), tmp_path)
@@ -95,7 +96,7 @@ def test_early_stop_restores_the_best_epoch(smoke_config, tmp_path):
   np.testing.assert_allclose(rates, [1e-20, 1e-20, 0.5e-20])
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 100])
+@pytest.mark.parametrize("steps_per_call", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_divergence_ends_the_run_with_advice(smoke_config, tmp_path, steps_per_call):
   config = smoke_config(
     optimizer__learning_rate=1e30, best_metric="val_accuracy", steps_per_call=steps_per_call

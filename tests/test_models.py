@@ -196,7 +196,13 @@ def test_bfloat16_computes_in_half_and_keeps_params_and_logits_in_full(name):
   assert 0 < np.abs(half - full).max() < 0.1 * np.abs(full).max()
 
 
-@every_model
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=[pytest.mark.slow] * (n in ("perceiver", "vit")))
+    for n in mlp_models.MODELS
+  ],
+)
 def test_bfloat16_gradients_are_those_of_float32_nearly(name):
   def gradients(dtype):
     def loss(params, key):

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import COMMAND, start
 from test_step import BATCH, INFO, mesh_of, new_state, noise_batch
 from test_step import smoke_config as config_of
 
 import train.step
+from runs import COMMAND, start
 from train import optimizer
 from train.check import check_config
 from train.data import Split
@@ -255,7 +255,8 @@ def test_a_run_stops_again_at_the_same_step_and_can_skip_it(
   assert "updates skipped so far, because they were not finite: 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("steps_per_call", [1, pytest.param(5, marks=slow)])
+@slow
+@pytest.mark.parametrize("steps_per_call", [1, 5])
 def test_a_signal_in_the_same_step_saves_no_nan(run_config, monkeypatch, tmp_path, steps_per_call):
   poison(monkeypatch, "loss inf", step=11)
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from runs import numbers
 from test_nonfinite import poison
 from test_nonfinite import run_steps as guarded_steps
 from test_step import BATCH, INFO, fast_compilation, mesh_of, new_state, run_steps  # noqa: F401
 from test_step import smoke_config as config_of
 
+from runs import numbers
 from train.errors import SavedAndStopped, TrainingFailed
 from train.loop import train_and_evaluate
 from train.pretrained import begin
@@ -159,6 +159,7 @@ def test_neither_devices_nor_microbatches_change_a_recipe():
   assert np.abs(moved).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_a_stopped_recipe_goes_on_bit_for_bit(smoke_config, tmp_path, monkeypatch):
   config = smoke_config(epochs=2, model__num_blocks=1)
   config.update_from_flattened_dict(PARTS | {"data.max_images": 256, "batch_size": 64})

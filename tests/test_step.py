@@ -30,6 +30,7 @@ from train.step import (
 from train.targets import sum_metrics
 
 BATCH = 32
+LARGE = ("perceiver", "vit")
 INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
 
 
@@ -86,8 +87,15 @@ def losses_on_one_device(name: str) -> list[float]:
   return run_steps(smoke_config(name), 1, BATCH, [noise_batch(i) for i in range(20)])[0]
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (1, 8)])
-@pytest.mark.parametrize("name", mlp_models.MODELS)
+# The two largest models on every mesh take long.
+@pytest.mark.parametrize(
+  ("name", "mesh"),
+  [
+    pytest.param(name, mesh, marks=[pytest.mark.slow] * (mesh != (4, 2) and name in LARGE))
+    for name in mlp_models.MODELS
+    for mesh in [(8, 1), (4, 2), (1, 8)]
+  ],
+)
 def test_losses_do_not_depend_on_the_mesh_or_the_microbatch(name, mesh, cut_all):
   batches = [noise_batch(i) for i in range(20)]
   losses, state = run_steps(smoke_config(name), mesh_of(*mesh), 2, batches)

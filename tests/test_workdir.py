@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from runs import COMMAND, REPOSITORY, numbers, run, signals_are_heard, start
 
 from configs import default
+from runs import COMMAND, REPOSITORY, numbers, run, signals_are_heard, start
 from train import data, interrupt
 from train.devices.mesh import make_mesh
 from train.errors import SavedAndStopped, WorkdirError
@@ -164,6 +164,7 @@ def test_a_workdir_whose_config_is_damaged_is_refused(finished_run, smoke_config
       train_and_evaluate(smoke_config(epochs=3), folder)
 
 
+@pytest.mark.slow
 def test_a_damaged_summary_is_made_anew(finished_run, smoke_config, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(finished_run, folder)
@@ -176,6 +177,7 @@ def test_a_damaged_summary_is_made_anew(finished_run, smoke_config, tmp_path):
     assert metrics.read_summary(folder) == expected
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_the_end_of_its_first_epoch_begins_again(
   finished_run, smoke_config, tmp_path
 ):
@@ -349,6 +351,7 @@ def test_each_signal_saves_the_state_and_stops(signum, monkeypatch):
   assert Spy.saved[-1] == ("state 1", True)
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_closes_is_saved(shapes100, tmp_path):
   ours, theirs = pty.openpty()
   with signals_are_heard():

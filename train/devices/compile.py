@@ -46,7 +46,6 @@ def start_jax(config: ConfigDict) -> None:
   JAX_COMPILATION_CACHE_DIR names another.
   """
   skip_missing_tpu()
-  _keep_the_cpu()
   set_xla_flags()
   _use_every_core(config.batch_size)
   _keep_freed_memory()
@@ -120,14 +119,6 @@ def skip_missing_tpu(root: Path = Path("/")) -> None:
 def _may_have_tpu(devices: Path) -> bool:
   vfio = [path for path in devices.glob("vfio/*") if path.name != "vfio"]
   return bool(vfio) or any(devices.glob("accel[0-9]*"))
-
-
-def _keep_the_cpu() -> None:
-  """Adds the CPU to the platforms that the user has named: `train.cost` counts on it."""
-  named = getattr(jax.config, "jax_platforms", None)
-  if named and "cpu" not in named.split(","):
-    with contextlib.suppress(RuntimeError):  # JAX has already started: its platforms stay
-      jax.config.update("jax_platforms", f"{named},cpu")
 
 
 def _note(text: str) -> None:
