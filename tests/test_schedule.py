@@ -92,7 +92,7 @@ def test_the_step_uses_the_rate_that_is_printed():
 @pytest.mark.parametrize(
   ("knobs", "message"),
   [
-    ({"name": "cosin"}, "config.schedule.name = 'cosin': plateau or constant or linear or cosine"),
+    ({"name": "cosin"}, "config.schedule.name = 'cosin': one of plateau, constant, linear, cosine"),
     ({"warmup_steps": -1}, "config.schedule.warmup_steps = -1: at least 0"),
     ({"warmup_fraction": 1.0}, "config.schedule.warmup_fraction = 1.0: from 0"),
     ({"warmup_fraction": 0.1, "warmup_steps": 5}, "warmup_steps is given, too: give one"),

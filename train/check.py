@@ -167,7 +167,7 @@ def _check_augment(augment: ConfigDict, require: Callable[[bool, str, str], None
 
 def _check_schedule(schedule: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
   """The part of `check_config` for `config.schedule`."""
-  require(schedule.name in SCHEDULES, "schedule.name", " or ".join(SCHEDULES))
+  require(schedule.name in SCHEDULES, "schedule.name", f"one of {', '.join(SCHEDULES)}")
   fraction = schedule.warmup_fraction
   require(0 <= fraction < 1, "schedule.warmup_fraction", "from 0 (none) to below 1")
   is_once = not (schedule.warmup_steps and fraction)
