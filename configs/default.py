@@ -108,8 +108,8 @@ def _optimizer() -> ConfigDict:
   # What decays: "all" (Keras), or "kernels": neither biases nor norms, positions, tokens, latents.
   optimizer.decay = "all"
   optimizer.clip_norm = 0.0  # largest norm of all gradients together; 0.0: no limit
-  optimizer.b1 = 0.9  # of the mean gradient in adamw, lamb and lion
-  optimizer.b2 = 0.999  # of the mean squared gradient in adamw and lamb; of the gradient in lion
+  optimizer.b1 = 0.9  # of the mean gradient in adamw, lamb, lion, and muon's adamw
+  optimizer.b2 = 0.999  # of the mean squared gradient in all of them; of the gradient in lion
   optimizer.epsilon = 1e-7  # Keras' default; optax has 1e-8, LAMB's paper 1e-6
   optimizer.momentum = 0.95  # in muon and sgd; the papers' sgd has 0.9
   optimizer.nesterov = True  # in muon and sgd; the papers' sgd has False
@@ -120,11 +120,12 @@ def _optimizer() -> ConfigDict:
 
 
 def _schedule() -> ConfigDict:
-  """Of the learning rate, step by step; the plateau multiplies it."""
+  """What the learning rate is multiplied by, step by step, beside the plateau."""
   schedule = ConfigDict()
   # After the warm-up: "plateau" and "constant" stay (the former falls by `config.plateau`, the
   # latter never), "linear" and "cosine" fall to `final` at the last step of all epochs. A run under
-  # these two can't go on for more epochs, and needs no plateau: config.plateau.factor = 1.0.
+  # these two, or with a warmup_fraction, can't go on for more epochs. "linear" and "cosine" need no
+  # plateau: config.plateau.factor = 1.0, nor early stopping: config.early_stop_patience = 0.
   schedule.name = "plateau"
   schedule.warmup_steps = 0  # steps in which the rate rises linearly
   schedule.warmup_fraction = 0.0  # the same, as a fraction of all steps; give one of the two

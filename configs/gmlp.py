@@ -3,9 +3,9 @@
     python -m train.main --config configs/gmlp.py --workdir runs/gmlp
 
 885,348 parameters. Keras publishes 50.6 % top-1 after 50 epochs (with weight decay not multiplied
-by the learning rate: --config.optimizer.independent_weight_decay=True). Variants: strong (today's
-recipe, 100 epochs), smoke (seconds), finetune (weights on other images, with --config.init=FILE),
-imagenet (the paper's S/16, for a TPU slice; not trained here).
+by the learning rate: --config.optimizer.independent_weight_decay=True). Variants: strong (a modern
+recipe of 100 epochs, not yet measured to its end), smoke (seconds), finetune (weights on other
+images, with --config.init=FILE), imagenet (the paper's S/16, for a TPU slice; not trained here).
 """
 
 from configs import default

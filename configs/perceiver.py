@@ -79,8 +79,9 @@ def _imagenet():
   blocks with eight heads; each of the 50,176 pixels is a token. LAMB at 0.004 for 120 epochs; its
   decay, clipping and epsilon are from the authors' code for Perceiver IO
   (deepmind-research/perceiver/train), as the paper does not name them, and so is RandAugment's
-  strength. The paper lowers the rate to a tenth after 84, 102 and 114 epochs: here it is a cosine.
-  Not trained here.
+  strength. That code also has CutMix, MixUp and smoothed labels, and lets the latents decay, which
+  this recipe does not. The paper lowers the rate to a tenth after 84, 102 and 114 epochs: here it
+  is a cosine. Not trained here.
   """
   fields = {"attention_dropout_rate": 0.0, "dropout_rate": 0.0, "drop_path_rate": 0.0}
   config = default.imagenet("perceiver", "paper", **fields)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from runs import numbers
 
 import mlp_models
-from runs import numbers
 from train import data
 from train.devices.mesh import by_example, make_mesh
 from train.errors import StorageError, WorkdirError

@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from runs import COMMAND, REPOSITORY
+
 from train.run import metrics
 
 SMALL = [

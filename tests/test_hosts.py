@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from runs import COMMAND, REPOSITORY, free_port, numbers, saved_step, start
 from test_folder import make_folder
 
 from launch import local
-from runs import COMMAND, REPOSITORY, free_port, numbers, saved_step, start
 from train.run import metrics
 
 STEPS = 40  # per epoch

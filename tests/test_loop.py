@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from needs import CIFAR100_DIR
 from PIL import Image
-
 from runs import CLOCK, COMMAND, REPOSITORY, numbers, saved_step, start
+
 from train import data
 from train.errors import TrainingFailed, WorkdirError
 from train.loop import train_and_evaluate

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import COMMAND, start
 from test_step import BATCH, INFO, mesh_of, new_state, noise_batch
 from test_step import smoke_config as config_of
 
 import train.step
-from runs import COMMAND, start
 from train import optimizer
 from train.check import check_config
 from train.data import Split

@@ -204,7 +204,7 @@ def test_an_image_is_augmented_by_its_position_whatever_is_beside_it(options):
 # Erasing ------------------------------------------------------------------------------------------
 
 
-def test_erased_is_a_rectangle_of_the_papers_sizes_in_its_part_of_the_images():
+def test_erased_is_a_rectangle_of_timms_sizes_in_its_part_of_the_images():
   size, count = 40, 4000
   erase = jax.jit(partial(erasing.erase, probability=0.25))
   ours = np.asarray(erase(jnp.ones((count, size, size, 1)), jax.random.key(0), jnp.arange(count)))

@@ -136,7 +136,7 @@ def test_a_config_of_something_else_is_not_overwritten(tmp_path):
 
 
 def test_what_timm_lacks_is_refused_before_anything_is_written(tmp_path):
-  with pytest.raises(mlp_models.WeightsError, match="its heads have a width of 12 together"):
+  with pytest.raises(mlp_models.WeightsError, match="num_heads x head_dim must be the width, 12"):
     save(tmp_path, vit(head_dim=5))
   with pytest.raises(mlp_models.WeightsError, match="timm's vit has head_units|head_mlp"):
     save(tmp_path, vit(head_units=(8,)))

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from runs import numbers
 from test_nonfinite import poison
 from test_nonfinite import run_steps as guarded_steps
 from test_step import BATCH, INFO, fast_compilation, mesh_of, new_state, run_steps  # noqa: F401
 from test_step import smoke_config as config_of
 
-from runs import numbers
 from train.errors import SavedAndStopped, TrainingFailed
 from train.loop import train_and_evaluate
 from train.pretrained import begin
@@ -26,7 +26,7 @@ from train.targets import sum_metrics, targets
 
 PARTS = {
   "schedule.name": "cosine",
-  "schedule.warmup_fraction": 0.001,
+  "schedule.warmup_steps": 4,
   "label_smoothing": 0.1,
   "augment.mixup": 0.8,
   "augment.cutmix": 1.0,
@@ -194,4 +194,4 @@ def test_a_bad_image_is_reported_with_its_partner(monkeypatch, tmp_path):
   assert isinstance(error, TrainingFailed)
   jax.tree.map(assert_array_equal, state.average, new_state(recipe_config()).average)
   report = json.loads((tmp_path / "nonfinite.json").read_text())
-  assert (report["examples"], report["learning_rate"]) == ([4, 5], 5e-3)
+  assert (report["examples"], report["learning_rate"]) == ([4, 5], 1.25e-3)

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from runs import COMMAND, REPOSITORY, numbers, run, signals_are_heard, start
 
 from configs import default
-from runs import COMMAND, REPOSITORY, numbers, run, signals_are_heard, start
 from train import data, interrupt
 from train.devices.mesh import make_mesh
 from train.errors import SavedAndStopped, WorkdirError

@@ -18,7 +18,7 @@ from train.errors import ConfigError, printable, shown
 from train.knobs import check_knobs, is_for_weights
 from train.optimizer import BEST, split_frozen
 from train.schedule import NAMES as SCHEDULES
-from train.update_rules import RULES
+from train.update_rules import MOMENTS, RULES
 
 _MOST = 2**20  # no batch is as large, and no model as wide
 _INT32 = 2**31 - 1  # the state counts in int32
@@ -46,8 +46,6 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 # Greatest sizes of a model; _MOST for the others.
 _LARGEST = {"image_size": 2**15, "num_blocks": 1000, "num_iterations": 1000}
 _LAYERS = 100  # most layers of an MLP
-# Moments of each parameter, at least: Muon has two for those that AdamW updates.
-_MOMENTS = {"adamw": 2, "lamb": 2, "muon": 1, "lion": 1, "sgd": 1}
 _ANYTHING = {"mesh.data": -1, "mesh.fsdp": -1}  # values that are no numbers, besides None
 
 
@@ -190,7 +188,7 @@ def check_memory(config: ConfigDict, mesh: Mesh) -> None:
   images = 4 * 3 * size**2 * microbatch  # of one device
   parameters = _parameters(config)
   trained = _trained_parameters(config) if config.freeze else parameters
-  copies = _MOMENTS[config.optimizer.name] + bool(config.ema_decay)
+  copies = MOMENTS[config.optimizer.name] + bool(config.ema_decay)
   state = 4 * (parameters + copies * trained) // mesh.shape[FSDP]
   device = mesh.local_devices[0]
   if device.platform == "cpu":

@@ -37,7 +37,7 @@ def make_optimizer(
       independent_weight_decay, clip_norm, layer_decay. The weight decay is added to the rule's
       update, never to the gradients, and is multiplied by the learning rate (Keras 3, optax:
       param -= learning_rate * weight_decay * param), in LAMB by the trust ratio, too. With
-      `independent_weight_decay` neither the learning rate nor the plateau changes it (TensorFlow
+      `independent_weight_decay` neither learning rate, schedule nor plateau changes it (TensorFlow
       Addons: param -= weight_decay * param). `decay`: "all" decays biases and norms, too, as in
       Keras; "kernels" only what `update_rules.kernels` says. `clip_norm`: the largest norm of all
       gradients together, before the rule; 0.0: none. `layer_decay`: see `learning_rate_factors`.

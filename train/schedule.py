@@ -72,9 +72,10 @@ def warmup_steps(config: ConfigDict, total_steps: int) -> int:
 def check_warmup(config: ConfigDict, total_steps: int) -> None:
   """Raises ConfigError if the run ends before its warm-up does."""
   if (warmup := warmup_steps(config, total_steps)) >= total_steps and warmup > 1:
+    name = "warmup_steps" if config.schedule.warmup_steps else "warmup_fraction"
     raise ConfigError(
-      f"config.schedule.warmup_steps = {warmup:,}: the run ends after {total_steps:,} steps; "
-      "choose fewer, or more epochs"
+      f"config.schedule.{name} = {config.schedule[name]:,}: the run ends after {total_steps:,} "
+      "steps; choose fewer, or more epochs"
     )
 
 

@@ -94,7 +94,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def saved_fields(tree: TrainState | Weights) -> dict[str, Any]:
-  """What a checkpoint holds of it. Of a field that is None orbax would make a note, and require it
+  """What a checkpoint holds: not the fields that are None, which orbax would record and then demand
   of every template."""
   return {name: value for name, value in vars(tree).items() if value is not None}
 
@@ -162,7 +162,7 @@ def update_average(average: dict | None, trained: dict, updates: Array, decay: f
   Args:
     average: None: nothing is averaged, and None is returned.
     trained: the parameters that train, after the update.
-    updates: int32 [], done so far, this one included.
+    updates: int32 [], steps done so far, this one included.
   """
   if average is None:
     return None

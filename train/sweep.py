@@ -66,8 +66,8 @@ def sweep(config: ConfigDict, over: str, repeats: int, seconds: float) -> list[d
       if rest:
         print(f"{value} tokens: {config.model.image_size} pixels do not divide by {side}")
         continue
-      config.microbatch = 1
-      config.batch_size = make_mesh(**config.mesh).size
+      config.microbatch = 2 if mixing.options(config) else 1  # images are mixed in pairs
+      config.batch_size = config.microbatch * make_mesh(**config.mesh).size
     else:
       config.batch_size = value
     try:

@@ -14,7 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 Array = jax.Array
-RULES = ("adamw", "lamb", "muon", "lion", "sgd")
+# By name, the moments of each parameter, at least: Muon has two for those that AdamW updates.
+MOMENTS = {"adamw": 2, "lamb": 2, "muon": 1, "lion": 1, "sgd": 1}
+RULES = tuple(MOMENTS)
 _ADAM_RMS = 0.2  # root mean square of AdamW's updates, measured by Liu et al., section 2.2
 
 

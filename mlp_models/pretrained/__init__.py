@@ -164,7 +164,7 @@ def _describe(opened: Source, overrides: Mapping[str, Any]) -> tuple[Found, dict
 def _take_heads(fields: Fields, overrides: Mapping[str, Any]) -> None:
   """Cuts queries, keys and values into as many heads as are asked for, if nothing tells it."""
   heads, assumed = overrides.get("num_heads"), fields.get("assumed", ())
-  if not heads or heads == fields["num_heads"] or "num_heads" not in assumed:
+  if not heads or "num_heads" not in assumed or heads == fields["num_heads"]:
     return
   if fields["width"] % heads:
     raise ValueError(f"{heads} heads do not divide the width {fields['width']}")

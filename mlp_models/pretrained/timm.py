@@ -70,7 +70,9 @@ def global_pool(config: Config) -> tuple[str | None, list[str]]:
   name = args["global_pool"] if "global_pool" in args else config.get("global_pool")
   if name != "":
     return name, []
-  return None, ["config.json has global_pool '', logits of each token in timm: here of their pool"]
+  return None, [
+    "config.json has global_pool '': timm gives logits of each token, this model pools them first"
+  ]
 
 
 def mlp_ratio(units: int, width: int) -> float:

@@ -196,7 +196,7 @@ def _timm_model(fields: Fields, shapes: Shapes) -> timm.Model:
   """Each of timm's architectures takes any size: the one of our width, and what it is told."""
   width, pool = fields["width"], fields["pool"]
   if fields["num_heads"] * fields["head_dim"] != width:
-    raise ValueError(f"its heads have a width of {width} together")
+    raise ValueError(f"num_heads x head_dim must be the width, {width}")
   size = {192: "tiny", 384: "small", 1024: "large"}.get(width, "base")
   pools = {"cls": "token", "cls_norm": "token", "mean": "avg", "mean_norm": "avg", "map": "map"}
   args = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from train.augment.factors import ERASE, uniform
 
 Array = jax.Array
-# Algorithm 1 with the values of section 4.2. Timm and torchvision take the same.
+# Timm's values. The authors' code erases up to 0.4, and draws the aspect uniformly.
 _AREA = (0.02, 1 / 3)
 _ASPECT = 0.3
 

@@ -1,10 +1,10 @@
 """RandAugment and TrivialAugment (Wide): drawn operations, on pixels from 0 to 255.
 
 Cubuk et al., arXiv:1909.13719, and Müller and Hutter, arXiv:2103.10158, with the operations and
-magnitudes of torchvision; each operation equals Pillow's. Those in sequence act on each other's
-result and end in one table of an image's values, one change of its colour, one of its sharpness
-and one affine map, applied in this order, so that a pixel is looked up once and moved once. This
-differs from applying them one after the other where their kinds differ:
+magnitudes of torchvision; each operation equals Pillow's but for rounding. Those in sequence act on
+each other's result and end in one table of an image's values, one change of its colour, one of its
+sharpness and one affine map, applied in this order, so that a pixel is looked up once and moved
+once. This differs from applying them one after the other where their kinds differ:
 - statistics (Contrast, AutoContrast, Equalize) are those of the whole image before it is moved, and
   what moves in from outside is black;
 - a table comes before a change of colour, and that before a change of sharpness; factors of two
