@@ -238,3 +238,12 @@ def test_no_global_pool_is_said(bare):
   model, _, _, lines = load(file.parent)
   assert model.pool == "cls" and "global_pool ''" in lines[1]
   assert "pool cls" in lines[2] and "load(..., pool='mean')" in lines[2]
+
+
+def test_crop_that_timms_config_leaves_out_is_timms_default(tmp_path):
+  save(tmp_path, vit())
+  file = tmp_path / "config.json"
+  config = json.loads(file.read_text())
+  del config["pretrained_cfg"]["crop_pct"]
+  file.write_text(json.dumps(config))
+  assert mlp_models.load(tmp_path)[2].crop == 0.875

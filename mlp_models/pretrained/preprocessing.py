@@ -51,7 +51,7 @@ def _of_timm(config: Mapping[str, Any], image_size: ImageSize) -> Preprocessing 
     tuple(found["mean"]),
     tuple(found.get("std", (0.5, 0.5, 0.5))),
     _interpolation(found.get("interpolation", "bicubic")),
-    float(found.get("crop_pct") or 1.0),
+    float(found.get("crop_pct") or 0.875),  # which timm takes where nothing is said
   )
 
 
