@@ -85,6 +85,17 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
+# Compilation --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast_compilation():
+  """Compiles faster, to slower code with the same results."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 # Data and runs ------------------------------------------------------------------------------------
 
 

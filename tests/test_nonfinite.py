@@ -31,14 +31,7 @@ from train.step import make_train_step
 
 loss, eval_logits = train.step.loss, train.step.eval_logits
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def fast_compilation():
-  """Compiles faster, to slower code with the same results."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def small_config(nonfinite: str = "stop"):

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from runs import numbers
 from test_nonfinite import poison
 from test_nonfinite import run_steps as guarded_steps
-from test_step import BATCH, INFO, fast_compilation, mesh_of, new_state, run_steps  # noqa: F401
+from test_step import BATCH, INFO, mesh_of, new_state, run_steps
 from test_step import smoke_config as config_of
 
 from train.errors import SavedAndStopped, TrainingFailed
@@ -23,6 +23,8 @@ from train.run.checkpoint import Checkpoints
 from train.state import abstract_state, make_init, update_average
 from train.step import make_train_step, trace_train_step
 from train.targets import sum_metrics, targets
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 PARTS = {
   "schedule.name": "cosine",

@@ -31,6 +31,7 @@ from train.targets import sum_metrics
 
 BATCH = 32
 LARGE = ("perceiver", "vit")
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 INFO = DatasetInfo("noise", tuple(map(str, range(100))), (32, 32, 3), {"train": 45000})
 
 
@@ -66,14 +67,6 @@ def run_steps(config, mesh, microbatch: int, batches: list[dict], state=None):
     state, sums = step(state, jax.device_put(call, by_example(mesh, axis=1)))
     losses += (sums.loss / sums.count).tolist()
   return losses, jax.device_get(state)
-
-
-@pytest.fixture(autouse=True)
-def fast_compilation():
-  """Compiles faster, to slower code with the same results."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
-from test_step import INFO, fast_compilation, mesh_of, noise_batch, run_steps, smoke_config
+from test_step import INFO, mesh_of, noise_batch, run_steps, smoke_config
 
 import mlp_models
 from configs import default, mixer
@@ -19,7 +19,7 @@ from train.run.checkpoint import Checkpoints
 from train.state import abstract_state, make_init
 from train.update_rules import RULES, kernels, muon_or_adamw, scale_by_keras_adam
 
-__all__ = ["fast_compilation"]  # a fixture that acts by being here
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 SHAPES = {
   "patch_embed/kernel": (3, 4),

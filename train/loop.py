@@ -74,7 +74,7 @@ def train_and_evaluate(config: ConfigDict, folder: str | os.PathLike) -> dict[st
   with contextlib.ExitStack() as stack:
     stack.enter_context(lock.owned(folder))
     info = claim(config, folder)
-    schedule.check_warmup(config, total_steps(config, info))
+    schedule.check_warmup(config, total_steps(config, info.sizes["train"]))
     summary = metrics.read_summary(folder)
     if summary and metrics.is_finished(summary, config.epochs):
       print(f"{folder} holds a finished run; another --workdir starts a new one.")
@@ -187,7 +187,7 @@ def open_run(
     print(f"Going on in {folder}, epoch {int(state.epoch) + 1}, step {int(state.step)}.")
   print(format_header(config, info, dataset, state, mesh, microbatch, compiled), flush=True)
 
-  steps = total_steps(config, info)
+  steps = total_steps(config, info.sizes["train"])
   title = f"{config.model.name} on {info.name}"
   run = Run(
     config=config,
@@ -214,7 +214,7 @@ def train(run: Run, state: TrainState) -> TrainState:
   """
   config, images = run.config, run.dataset["train"]
   steps_per_epoch = num_batches(len(images), config.batch_size)
-  steps = range(int(state.step), config.epochs * steps_per_epoch)
+  steps = range(int(state.step), total_steps(config, len(images)))
   finish_epoch = _make_finish_epoch(config, run.mesh)
   with contextlib.closing(train_calls(images, config, run.mesh, steps)) as calls:
     while not _is_finished(state, config):

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from train import schedule
 from train.augment import mixing
 from train.data import Dataset
-from train.data.batches import eval_batches, image_numbers, num_batches
+from train.data.batches import eval_batches, image_numbers
 from train.data.framing import Framing
 from train.devices.mesh import replicated
 from train.devices.reduction import sum_over_batch
@@ -33,7 +33,7 @@ from train.run.metrics import number_for_json
 from train.run.storage import write_atomically
 from train.run.workdir import NONFINITE
 from train.state import Sums, TrainState, Weights
-from train.step import Batch, eval_logits, make_gradients, overflow
+from train.step import Batch, eval_logits, make_gradients, overflow, total_steps
 from train.targets import Prepare, make_prepare
 
 Array = jax.Array
@@ -162,10 +162,8 @@ class Guard:
     )
 
   def _place(self, state: TrainState) -> dict[str, Any]:
-    steps_per_epoch = num_batches(len(self._dataset["train"]), self._config.batch_size)
-    total_steps = self._config.epochs * steps_per_epoch
-    number = _last_step(state)
-    rate = schedule.learning_rate(self._config, total_steps, number, state.plateau.scale)
+    steps, number = total_steps(self._config, len(self._dataset["train"])), _last_step(state)
+    rate = schedule.learning_rate(self._config, steps, number, state.plateau.scale)
     return {"step": int(state.step), "epoch": int(state.epoch) + 1, "learning_rate": rate}
 
   def _end(self, what: str, report: dict[str, Any]) -> NoReturn:

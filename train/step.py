@@ -58,7 +58,7 @@ def make_train_step(
     train_step,
     model=make_model(config, info.num_classes),
     optimizer=make_optimizer(config.optimizer, config.freeze, by_example(mesh)),
-    schedule=make_schedule(config, total_steps(config, info)),
+    schedule=make_schedule(config, total_steps(config, info.sizes["train"])),
     ema_decay=config.ema_decay,
     freeze=config.freeze,
     prepare=make_prepare(config, info.num_classes),
@@ -104,9 +104,9 @@ def _steps_per_epoch(config: ConfigDict, info: DatasetInfo) -> int:
   return num_batches(info.sizes["train"], config.batch_size)
 
 
-def total_steps(config: ConfigDict, info: DatasetInfo) -> int:
+def total_steps(config: ConfigDict, train_images: int) -> int:
   """Steps of a run over all epochs, if it does not stop early."""
-  return config.epochs * _steps_per_epoch(config, info)
+  return config.epochs * num_batches(train_images, config.batch_size)
 
 
 def compile_in_background(
